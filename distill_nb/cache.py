@@ -360,7 +360,7 @@ def verify(self:TeacherCache)->list[str]: # One message for each damaged file; e
         except CacheError as e: bad.append(str(e))
     return bad
 
-# %% ../nbs/00a_cache.ipynb #00d76dcb
+# %% ../nbs/00a_cache.ipynb #94d20d35
 @patch
 def stats(self:TeacherCache)->dict: # `examples`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split`
     "Size of the cache"
@@ -379,6 +379,11 @@ def select(self:TeacherCache,
 )->list[int]: # Numbers of the examples
     "Examples whose prompt has these values"
     return [n for n,(i,j) in enumerate(self.index) if all(self._shard(i)[4][j].get(k)==v for k,v in want.items())]
+
+@patch
+def lengths(self:TeacherCache)->list[int]: # Tokens of each example, prompt and response together
+    "How long the examples are, so that batches can be made of similar ones"
+    return [b-a for i in range(len(self.manifest['shards'])) for a,b in zip(self._shard(i)[2], self._shard(i)[2][1:])]
 
 # %% ../nbs/00a_cache.ipynb #a573b6fb
 @patch

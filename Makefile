@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/.ready
+CHECKED = nbs distill_nb tests tools setup.py
+
+.PHONY: help setup demo test docs export clean
+help:
+	@echo 'make demo    set up, distil the embedded teacher, end with a report (12 minutes on two cores)'
+	@echo 'make test    set up, run all notebooks and tests, check that everything is in sync'
+	@echo 'make docs    README.md and the site (in _docs) from the notebooks'
+	@echo 'make export  notebooks to modules'
+	@echo 'make clean   remove what the other targets made, the demo included'
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/distill demo
+
+test: $(READY)
+	$(BIN)/python -c 'from distill_nb.synthesis import embedded_teacher; embedded_teacher()'
+	$(BIN)/chkstyle $(CHECKED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+docs: $(READY)
+	$(BIN)/python tools/docs.py
+
+export: $(READY)
+	$(BIN)/nbdev-export
+
+clean:
+	rm -rf .venv _proc _md _docs demo build dist *.egg-info

@@ -1,0 +1,98 @@
+"README and docs site from the notebooks, on machines without Quarto: nbdev's cell processors, then Markdown, then MkDocs"
+import os, re, shutil, subprocess, sys, yaml, nbformat
+
+from fastcore.script import call_parse, store_true
+from latex2mathml.converter import convert
+from nbconvert import MarkdownExporter
+from nbdev.config import get_config, nbpath2html
+from nbdev.serve import proc_nbs
+from pathlib import Path
+
+SPAN = re.compile(r'\[([^\]]*)\]\(([^)]*)\)\{([^}]*)\}')
+CALLOUT = re.compile(r'^:::+ *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::+ *$', re.M|re.S)
+CHAPTER = re.compile(r'\]\((\w+)\.ipynb(#[^)]*)?\)')
+
+def _callout(m): return f'!!! {m[1]}\n\n' + re.sub('^', '    ', m[2].strip(), flags=re.M) + '\n'
+
+def plain(s):
+    "Pandoc spans, callouts and divs in `s` as MkDocs Markdown"
+    s = SPAN.sub(r'<a href="\2" \3>\1</a>', s)
+    return re.sub(r'^:::.*$\n?', '', CALLOUT.sub(_callout, s), flags=re.M)
+
+def math(s):
+    "`s` with its LaTeX as MathML, which browsers show without a script; code is left alone"
+    parts = re.split(r'(```.*?```|`[^`\n]+`)', s, flags=re.S)
+    for i in range(0, len(parts), 2):
+        p = re.sub(r'\$\$(.+?)\$\$', lambda m: convert(m[1].strip(), display='block'), parts[i], flags=re.S)
+        parts[i] = re.sub(r'(?<![\\$])\$([^$\n]+?)\$(?!\d)', lambda m: convert(m[1]), p)
+    return ''.join(parts)
+
+def anchor(s): return re.sub(r'^### ([\w.]+)$', lambda m: f'{m[0]} {{#{m[1].lower()}}}', s, flags=re.M)
+
+def options(c):
+    "Quarto options of `c`, removed from its source"
+    opts,lines = {},c.source.splitlines()
+    while lines and lines[0].startswith('#|'):
+        k,_,v = lines.pop(0)[2:].partition(':')
+        opts[k.strip()] = v.strip().strip('"') or 'true'
+    c.source = '\n'.join(lines)
+    return opts
+
+def new_md(s): return nbformat.v4.new_markdown_cell(plain(s))
+
+def text_outputs(outputs):
+    "`outputs` without the warnings and progress bars that went to stderr"
+    return [o for o in outputs if o.get('name')!='stderr']
+
+def page(c):
+    "The cells that stand for `c` on a page"
+    if c.cell_type=='raw':
+        fm = yaml.safe_load(c.source.strip('-\n '))
+        return [new_md(f"# {fm['title']}\n\n> {fm.get('description','')}")]
+    if c.cell_type=='markdown': return [new_md(c.source)]
+    o = options(c)
+    shown = [x.data['text/markdown'] for x in c.outputs if 'text/markdown' in x.get('data', {})]
+    if o.get('output')=='asis' and shown: return [new_md(anchor(s)) for s in shown]
+    res = nbformat.v4.new_code_cell(c.source, outputs=[] if o.get('output')=='false' else text_outputs(c.outputs))
+    if o.get('echo')=='false': res.source = ''
+    return [res] + ([new_md(f"*{o['fig-cap']}*")] if 'fig-cap' in o else [])
+
+def to_md(fn, dest):
+    "Write processed notebook `fn` as Markdown at `dest`, with its figures in a folder beside it"
+    nb = nbformat.read(fn, 4)
+    nb.cells = [x for c in nb.cells for x in page(c)]
+    nb.metadata.language_info = dict(name='python')
+    md,res = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir=f'{dest.stem}_files', unique_key=dest.stem))
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    dest.write_text(re.sub(r'\n{3,}', '\n\n', md))
+    for k,v in res['outputs'].items():
+        p = dest.parent/k
+        p.parent.mkdir(exist_ok=True)
+        p.write_bytes(v)
+
+def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', nb)
+
+def readme(md, dest):
+    "README.md in folder `dest` from the index page: chapters are links to notebooks, figures live in `assets`"
+    s = CHAPTER.sub(lambda m: f'](nbs/{m[1]}.ipynb{m[2] or ""})', (md/'index.md').read_text())
+    figs = sorted((md/'index_files').glob('*')) if (md/'index_files').exists() else []
+    shutil.rmtree(dest/'assets', ignore_errors=True)
+    for f in figs:
+        (dest/'assets').mkdir(exist_ok=True)
+        shutil.copy(f, dest/'assets'/f.name)
+    (dest/'README.md').write_text(s.replace('index_files/', 'assets/').rstrip()+'\n')
+
+@call_parse
+def main(
+    readme_only:store_true=False, # Write README.md and its figures, and no site
+):
+    "Write README.md from the index notebook, and the site into `_docs`"
+    cfg = get_config()
+    cache,md = proc_nbs(n_workers=0, force=True),cfg.config_path/'_md'
+    shutil.rmtree(md, ignore_errors=True)
+    for f in sorted(cache.rglob('*.ipynb')): to_md(f, md/nbpath2html(f.relative_to(cache)).with_suffix('.md'))
+    readme(md, cfg.config_path)
+    if readme_only: return
+    for f in md.rglob('*.md'): f.write_text(CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(f.read_text())))
+    mkdocs = Path(sys.executable).with_name('mkdocs')
+    subprocess.run([str(mkdocs), 'build', '-q', '--strict'], check=True, cwd=cfg.config_path, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
