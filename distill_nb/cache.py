@@ -9,15 +9,14 @@ __all__ = ['SCHEMA', 'kl_nats', 'channel_scale', 'quantize', 'dequantize', 'Cach
            'replace_file', 'save_json', 'load_json', 'save_tensors', 'check_tensors', 'load_tensors', 'as_rows',
            'score_rows', 'check_head', 'make_manifest', 'check_manifest', 'shard_path', 'build_cache', 'TeacherCache']
 
-# %% ../nbs/00a_cache.ipynb #4a0d8d34
+# %% ../nbs/00a_cache.ipynb #22ff4745
 import hashlib, json, os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from fastcore.basics import chunked, patch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer
 
 from .synthesis import Head, TeacherSynthesizer, head_of, pad, sha256_file
 
-# %% ../nbs/00a_cache.ipynb #cff29b63
+# %% ../nbs/00a_cache.ipynb #6ea21310
 def kl_nats(z:Tensor, # `(N,V)` logits of the reference
     z_hat:Tensor, # `(N,V)` logits of the approximation
     T:float=1., # Temperature of both
@@ -35,13 +34,13 @@ def kl_nats(z:Tensor, # `(N,V)` logits of the reference
     a,b = ((o.float()/T).log_softmax(-1) for o in (z, z_hat))
     return F.kl_div(b, a, log_target=True, reduction='none').sum(-1)
 
-# %% ../nbs/00a_cache.ipynb #5e2fee88
+# %% ../nbs/00a_cache.ipynb #067d405a
 def channel_scale(h:Tensor, # `(N,d)` hidden states to calibrate on
 )->Tensor: # `(d,)` root mean square of each channel, fp32, never 0
     "Scale of each channel"
     return h.float().square().mean(0).sqrt().clamp_min(1e-6)
 
-# %% ../nbs/00a_cache.ipynb #fa40dab6
+# %% ../nbs/00a_cache.ipynb #112c737b
 def quantize(h:Tensor, # `(N,d)` hidden states
     channel:Tensor, # `(d,)` from `channel_scale`
 )->tuple[Tensor, Tensor]: # `(N,d)` int8 and `(N,)` fp16 token scales
@@ -50,6 +49,7 @@ def quantize(h:Tensor, # `(N,d)` hidden states
     s = (u.abs().amax(-1)/127).clamp_min(1e-7).half()
     return (u/s.float()[:,None]).round().clamp(-127, 127).to(torch.int8), s
 
+# %% ../nbs/00a_cache.ipynb #15f8c44e
 def dequantize(q:Tensor, # `(N,d)` int8
     scale:Tensor, # `(N,)` token scales
     channel:Tensor, # `(d,)` channel scales
@@ -57,19 +57,21 @@ def dequantize(q:Tensor, # `(N,d)` int8
     "The inverse of `quantize`, up to rounding"
     return q.float()*channel*scale.float()[:,None]
 
-# %% ../nbs/00a_cache.ipynb #60a54d1a
+# %% ../nbs/00a_cache.ipynb #d5a5da20
 class CacheError(Exception):
     "Something on disk is not what it should be; the message names the file, what was expected and what was found"
 
+# %% ../nbs/00a_cache.ipynb #949dd588
 def canonical(o)->bytes: # `o`: anything that JSON can hold
     "The one byte string of a JSON value: sorted keys, no spaces"
     return json.dumps(o, sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode()
 
+# %% ../nbs/00a_cache.ipynb #18ba14a9
 def sha256_json(o)->str: # `o`: anything that JSON can hold
     "SHA-256 of the canonical JSON of `o`"
     return hashlib.sha256(canonical(o)).hexdigest()
 
-# %% ../nbs/00a_cache.ipynb #c2713ac3
+# %% ../nbs/00a_cache.ipynb #7e6d5186
 def replace_file(path:Path, # Final name
     write, # Called with the temporary path: writes the file there
 ):
@@ -84,13 +86,14 @@ def replace_file(path:Path, # Final name
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/00a_cache.ipynb #8a2558b3
+# %% ../nbs/00a_cache.ipynb #7f4df267
 def save_json(o:dict, # Content; the key `sha256` is added
     path:Path, # File to write, atomically
 ):
     "Write `o` with the SHA-256 of its own canonical JSON"
     replace_file(path, lambda p: p.write_bytes(canonical({**o, 'sha256': sha256_json(o)})))
 
+# %% ../nbs/00a_cache.ipynb #74109a6b
 def load_json(path:Path, # A file that `save_json` wrote
 )->dict: # Its content, verified
     "Read and verify; raises `CacheError`"
@@ -100,7 +103,7 @@ def load_json(path:Path, # A file that `save_json` wrote
     if sha!=sha256_json(o): raise CacheError(f'{path}: its content does not match its own SHA-256: damaged or edited by hand')
     return o
 
-# %% ../nbs/00a_cache.ipynb #50f9b4a1
+# %% ../nbs/00a_cache.ipynb #42985c73
 def save_tensors(tensors:dict, # Names to tensors
     path:Path, # `.safetensors` file
     meta:dict|None=None, # Anything JSON can hold, kept in the sidecar
@@ -111,7 +114,7 @@ def save_tensors(tensors:dict, # Names to tensors
     replace_file(path, lambda p: save_file(whole, p))
     save_json(dict(file=path.name, bytes=path.stat().st_size, data_sha256=sha256_file(path), meta=meta or {}), path.with_suffix('.json'))
 
-# %% ../nbs/00a_cache.ipynb #64b8d0c8
+# %% ../nbs/00a_cache.ipynb #4fff413f
 def check_tensors(path:Path, # `.safetensors` file
 )->dict: # The sidecar's content
     "Verify size and SHA-256 of a tensor file; raises `CacheError` with path, expected and got"
@@ -121,13 +124,14 @@ def check_tensors(path:Path, # `.safetensors` file
     if (h := sha256_file(path))!=side['data_sha256']: raise CacheError(f"{path}: expected SHA-256 {side['data_sha256']}, got {h}")
     return side
 
+# %% ../nbs/00a_cache.ipynb #1f8aa049
 def load_tensors(path:Path, # `.safetensors` file
 )->tuple[dict, dict]: # Tensors by name, and the `meta` they were saved with
     "Verify, then read"
     meta = check_tensors(path)['meta']
     with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, meta
 
-# %% ../nbs/00a_cache.ipynb #6028ec9e
+# %% ../nbs/00a_cache.ipynb #cd57818b
 def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list of strings
 )->list[dict]: # Rows with `prompt` and the other columns
     "Prompts in one form; raises `ValueError` with the row number of an empty one"
@@ -136,7 +140,7 @@ def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list 
         if not r.get('prompt'): raise ValueError(f'prompt {i} is empty or has no `prompt`: remove that row')
     return rows
 
-# %% ../nbs/00a_cache.ipynb #07857d9d
+# %% ../nbs/00a_cache.ipynb #8988a8e1
 def score_rows(teacher:TeacherSynthesizer, # Who is asked
     exs:list[dict], # Examples
     layers:tuple=(), # More hidden states to keep
@@ -153,18 +157,18 @@ def score_rows(teacher:TeacherSynthesizer, # Who is asked
     cat = {k: torch.cat(v) for k,v in res.items()}
     return cat.pop(None), cat
 
-# %% ../nbs/00a_cache.ipynb #10f7712c
+# %% ../nbs/00a_cache.ipynb #52302afd
 def _pack(exs, h, extra, dtype, channel):
     "Tensors of one shard"
     t = dict(input_ids=torch.tensor([i for e in exs for i in e['input_ids']], dtype=torch.int32),
-             lens=torch.tensor([len(e['input_ids']) for e in exs], dtype=torch.int32),
-             prompt_lens=torch.tensor([e['prompt_len'] for e in exs], dtype=torch.int32))
+        lens=torch.tensor([len(e['input_ids']) for e in exs], dtype=torch.int32),
+        prompt_lens=torch.tensor([e['prompt_len'] for e in exs], dtype=torch.int32))
     t.update({f'layer.{k}': v.bfloat16() for k,v in extra.items()})
     if dtype=='int8': t['hidden'],t['scale'] = quantize(h, channel)
     else: t['hidden'] = h.bfloat16()
     return t
 
-# %% ../nbs/00a_cache.ipynb #3c0c636d
+# %% ../nbs/00a_cache.ipynb #dd69e826
 @torch.no_grad()
 def check_head(teacher:TeacherSynthesizer, # Who is asked
     ex:dict, # One example
@@ -175,10 +179,10 @@ def check_head(teacher:TeacherSynthesizer, # Who is asked
     own = teacher.model(x.to(teacher.model.device)).logits[0]
     kl = kl_nats(own, head_of(teacher.model)(teacher.score(x)['head_input'][0])).mean().item()
     if kl>bound: raise CacheError(f'the output head alone gives other logits than the model ({kl:.2g} nats per token): '
-                                  'this model scales or caps its logits, which the `hidden` codec does not store')
+        'this model scales or caps its logits, which the `hidden` codec does not store')
     return kl
 
-# %% ../nbs/00a_cache.ipynb #d33fe2d9
+# %% ../nbs/00a_cache.ipynb #2afa38f4
 SCHEMA = 1
 
 def make_manifest(teacher:TeacherSynthesizer, # Who is asked
@@ -196,7 +200,7 @@ def make_manifest(teacher:TeacherSynthesizer, # Who is asked
         s['prompts'] = sha256_json(rows[a:a+s['n']])
     return dict(schema=SCHEMA, teacher=teacher.fingerprint, shards=plan, **settings)
 
-# %% ../nbs/00a_cache.ipynb #608e6ce9
+# %% ../nbs/00a_cache.ipynb #a1a489ee
 def check_manifest(old:dict, # What is on disk
     new:dict, # What is asked for
     path, # Named in the error
@@ -208,7 +212,7 @@ def check_manifest(old:dict, # What is on disk
     if not all(same) or len(new['shards'])<len(old['shards']): diff.append(f"prompts (shard {(same+[False]).index(False)})")
     if diff: raise CacheError(f"{path} was made with other settings: {', '.join(diff)}. Use another folder, or the settings it was made with")
 
-# %% ../nbs/00a_cache.ipynb #70a4fc41
+# %% ../nbs/00a_cache.ipynb #0948f21f
 def _prepare(teacher, rows, path, shard_size, settings):
     "Write or check manifest and tokenizer; returns the manifest"
     f,old = path/'manifest.json',None
@@ -219,18 +223,20 @@ def _prepare(teacher, rows, path, shard_size, settings):
     if m!=old: save_json(m, f)
     return m
 
+# %% ../nbs/00a_cache.ipynb #3846fa82
 def shard_path(path:Path, # Cache folder
     i:int, # Number of the shard
 )->Path: # Its `.safetensors` file
     "Name of shard `i`: made from its number, never read from a file"
     return path/f'shard-{i:05d}.safetensors'
 
+# %% ../nbs/00a_cache.ipynb #26a35ac6
 def _done(p):
     "Does shard `p` have a sidecar that is whole, and the size it states?"
     try: return p.exists() and load_json(p.with_suffix('.json'))['bytes']==p.stat().st_size
     except CacheError: return False
 
-# %% ../nbs/00a_cache.ipynb #bed75912
+# %% ../nbs/00a_cache.ipynb #bc0e1e43
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write, score and store shard `i`; shard 0 also calibrates and stores the codec"
     g,p = m['generation'],shard_path(path, i)
@@ -248,7 +254,7 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     channel = load_tensors(path/'codec.safetensors')[0]['channel']
     save_tensors(_pack(exs, h, extra, m['dtype'], channel), p, dict(rows=rows))
 
-# %% ../nbs/00a_cache.ipynb #330eae76
+# %% ../nbs/00a_cache.ipynb #f9b9aff8
 def build_cache(
     teacher:TeacherSynthesizer, # Who is asked
     prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings
@@ -277,7 +283,7 @@ def build_cache(
     teacher.cache = TeacherCache(path)
     return teacher.cache
 
-# %% ../nbs/00a_cache.ipynb #9e8e44fb
+# %% ../nbs/00a_cache.ipynb #8b3276b9
 def _build_missing(teacher, rows, path, m, batch_size, progress):
     "Build the shards that are not done"
     starts = [sum(s['n'] for s in m['shards'][:i]) for i in range(len(m['shards']))]
@@ -288,13 +294,14 @@ def _build_missing(teacher, rows, path, m, batch_size, progress):
     for i in tqdm(todo, disable=not progress, desc='asking the teacher', unit='shard'):
         _build_shard(teacher, rows[starts[i]:starts[i]+m['shards'][i]['n']], path, i, m, batch_size)
 
-# %% ../nbs/00a_cache.ipynb #9f93a371
+# %% ../nbs/00a_cache.ipynb #5a70136d
 class TeacherCache(torch.utils.data.Dataset):
     "What a teacher said, read from disk"
     keys = None
     def __init__(self,
         path:str|Path, # Folder that `build_cache` filled
     ):
+        "Open; raises `CacheError` if it is damaged, incomplete or too new"
         self.path = Path(path)
         self.manifest = load_json(self.path/'manifest.json')
         if (s := self.manifest['schema'])>SCHEMA: raise CacheError(f'{path}: schema {s} is newer than this package reads ({SCHEMA}): update distill_nb')
@@ -307,7 +314,7 @@ class TeacherCache(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.index)
 
-# %% ../nbs/00a_cache.ipynb #26d6b5b3
+# %% ../nbs/00a_cache.ipynb #a5bdf5ac
 @patch
 def _shard(self:TeacherCache, i):
     "Shard `i`, verified when first opened: `(file, first token, first row)` of each example, and their prompts"
@@ -321,7 +328,7 @@ def _shard(self:TeacherCache, i):
         self._open[i] = f,P.tolist(),starts(L),starts(L-P),rows
     return self._open[i]
 
-# %% ../nbs/00a_cache.ipynb #4fd57fcd
+# %% ../nbs/00a_cache.ipynb #da8f0892
 @patch
 def __getitem__(self:TeacherCache,
     idx:int, # Number of the example
@@ -333,9 +340,9 @@ def __getitem__(self:TeacherCache,
     h = cut('hidden', row)
     if self.manifest['dtype']=='int8': h = dequantize(h, cut('scale', row), self.channel)
     return dict(input_ids=cut('input_ids', tok).long(), prompt_len=P[j], hidden=h,
-                layers={k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, meta=rows[j], index=idx)
+        layers={k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, meta=rows[j], index=idx)
 
-# %% ../nbs/00a_cache.ipynb #14bb3a26
+# %% ../nbs/00a_cache.ipynb #d81d6c63
 @patch
 def collate(self:TeacherCache,
     exs:list[dict], # From `cache[i]`
@@ -347,10 +354,10 @@ def collate(self:TeacherCache,
         n,p = len(e['input_ids']),e['prompt_len']
         labels[b, p-1:n-1] = e['input_ids'][p:]
     return dict(input_ids=x, attention_mask=mask, labels=labels, teacher_hidden=torch.cat([e['hidden'] for e in exs]),
-                teacher_layers={k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']},
-                index=torch.tensor([e['index'] for e in exs]))
+        teacher_layers={k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']},
+        index=torch.tensor([e['index'] for e in exs]))
 
-# %% ../nbs/00a_cache.ipynb #d87d1397
+# %% ../nbs/00a_cache.ipynb #05b1efab
 @patch
 def verify(self:TeacherCache)->list[str]: # One message for each damaged file; empty if all is well
     "Check every byte of the cache"
@@ -360,7 +367,7 @@ def verify(self:TeacherCache)->list[str]: # One message for each damaged file; e
         except CacheError as e: bad.append(str(e))
     return bad
 
-# %% ../nbs/00a_cache.ipynb #94d20d35
+# %% ../nbs/00a_cache.ipynb #da47ed40
 @patch
 def stats(self:TeacherCache)->dict: # `examples`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split`
     "Size of the cache"
@@ -373,6 +380,7 @@ def stats(self:TeacherCache)->dict: # `examples`, `response_tokens`, `bytes`, `b
     size = sum(p.stat().st_size for p in paths)
     return dict(examples=len(self), response_tokens=n, bytes=size, bytes_per_token=round(size/n, 1), by_split=by)
 
+# %% ../nbs/00a_cache.ipynb #8d1eba45
 @patch
 def select(self:TeacherCache,
     **want # Columns and the value they must have, such as `split='train'`
@@ -380,12 +388,13 @@ def select(self:TeacherCache,
     "Examples whose prompt has these values"
     return [n for n,(i,j) in enumerate(self.index) if all(self._shard(i)[4][j].get(k)==v for k,v in want.items())]
 
+# %% ../nbs/00a_cache.ipynb #f387ca68
 @patch
 def lengths(self:TeacherCache)->list[int]: # Tokens of each example, prompt and response together
     "How long the examples are, so that batches can be made of similar ones"
     return [b-a for i in range(len(self.manifest['shards'])) for a,b in zip(self._shard(i)[2], self._shard(i)[2][1:])]
 
-# %% ../nbs/00a_cache.ipynb #a573b6fb
+# %% ../nbs/00a_cache.ipynb #c8c762e1
 @patch
 def fidelity(self:TeacherCache,
     teacher:TeacherSynthesizer, # The teacher that made it
@@ -398,7 +407,7 @@ def fidelity(self:TeacherCache,
     a,b = (self.head(o) for o in (h, torch.cat([e['hidden'] for e in exs])))
     return {T: kl_nats(a, b, T).mean().item() for T in temperatures}
 
-# %% ../nbs/00a_cache.ipynb #2ac0c121
+# %% ../nbs/00a_cache.ipynb #a8c9f0cd
 @patch
 def cache_lookup(self:TeacherSynthesizer,
     input_ids:Tensor, # `(B,L)`, rows of `self.cache`, padded on the right

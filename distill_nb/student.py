@@ -6,9 +6,9 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'prune_student', 'check_tokenizers', 'check_pair']
+           'evenly', 'prune_student', 'check_tokenizers', 'check_pair']
 
-# %% ../nbs/01a_student.ipynb #1109f5c1
+# %% ../nbs/01a_student.ipynb #37e2ccfa
 import copy, warnings
 from math import inf
 
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from .projection import map_layers
 from .synthesis import TeacherSynthesizer, pad
 
 # %% ../nbs/01a_student.ipynb #94cfb4bc
@@ -70,7 +69,7 @@ def storages(model:nn.Module, # Any module
     "Where a model's tensors live"
     return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())} - {0}
 
-# %% ../nbs/01a_student.ipynb #76ccfb08
+# %% ../nbs/01a_student.ipynb #81e0524d
 class BlockTrace:
     "One forward pass over some examples, noted so that the model's blocks can be run again in any selection"
     def __init__(self,
@@ -78,6 +77,7 @@ class BlockTrace:
         examples:list[dict], # `dict(input_ids=, prompt_len=)`, run as one padded batch
         n_tokens:int=192, # At most so many response positions are scored, evenly spaced
     ):
+        "Run the model once and note how each block is called"
         self.model,self.calls,self._target = model,[],None
         self.name,self.blocks = decoder_layers(model)
         ids,mask = (o.to(model.device) for o in pad([e['input_ids'] for e in examples]))
@@ -113,12 +113,13 @@ def states(self:BlockTrace,
     for i in keep: hs.append(self.run(hs[-1], i))
     return hs
 
-# %% ../nbs/01a_student.ipynb #cee0ab73
+# %% ../nbs/01a_student.ipynb #39712e44
 class Given(nn.Module):
     "A stand-in for the blocks of a model: whatever comes in, `h` goes out"
     def __init__(self,
         h:Tensor, # The state to return
     ):
+        "Hold `h`"
         super().__init__()
         self.h = h
 
@@ -180,7 +181,14 @@ def greedy_drops(trace:BlockTrace, # A traced teacher
         drops.append((worst, bound[worst]))
     return drops
 
-# %% ../nbs/01a_student.ipynb #e1964be5
+# %% ../nbs/01a_student.ipynb #f49682b6
+def evenly(n:int, # Blocks of the teacher
+    n_layers:int, # Blocks to keep
+)->list[int]: # Blocks to keep, counted from 0, rising
+    "Evenly spaced blocks, the first and the last among them"
+    return torch.linspace(0, n-1, n_layers).round().int().tolist()
+
+# %% ../nbs/01a_student.ipynb #b3bf8eca
 def prune_student(teacher:TeacherSynthesizer, # The frozen teacher
     n_layers:int, # Blocks of the student
     prompts:list, # A few short prompts (strings, answered by the teacher), or examples `dict(input_ids=, prompt_len=)`
@@ -190,18 +198,19 @@ def prune_student(teacher:TeacherSynthesizer, # The frozen teacher
     model,n = teacher.model,len(decoder_layers(teacher.model)[1])
     if not 0<n_layers<n: raise ValueError(f'n_layers is {n_layers}: the teacher has {n} blocks, keep fewer, and at least one')
     if how not in ('kl', 'influence', 'uniform'): raise ValueError(f"how is {how!r}: use 'kl', 'influence' or 'uniform'")
-    if how=='uniform': return drop_layers(model, [t-1 for t in map_layers(n, n_layers).values()])
+    if how=='uniform': return drop_layers(model, evenly(n, n_layers))
     if not prompts: raise ValueError('no prompts: give a few, of the kind that the student will see')
     exs = teacher.generate(prompts, max_new_tokens=32, temperature=0, progress=False) if isinstance(prompts[0], str) else list(prompts)
     if how=='influence': return drop_layers(model, sorted(block_influence(model, exs).argsort(descending=True)[:n_layers].tolist()))
     gone = dict(greedy_drops(BlockTrace(model, exs), n_layers))
     return drop_layers(model, [i for i in range(n) if i not in gone])
 
-# %% ../nbs/01a_student.ipynb #887b844f
-HARD = ('  42', '3.14159e-10', 'a  b   c\n\n\n\td ', "it's, I'LL don't", 'na\u00efve na\u0069\u0308ve Stra\u00dfe', '\u4f60\u597d\u4e16\u754c', '\u0645\u0631\u062d\u0628\u0627',
-        '\U0001f469\u200d\U0001f52c\U0001f3fd', 'def f(x):\n    return x**2 # 1_000', '<|im_start|>user\n<s></s><|endoftext|>', '\u00a0\u200b\ufeff', 'CamelCaseHTTP2xx')
+# %% ../nbs/01a_student.ipynb #cc4ced29
+HARD = (
+    '  42', '3.14159e-10', 'a  b   c\n\n\n\td ', "it's, I'LL don't", 'na\u00efve nai\u0308ve Stra\u00dfe', '\u4f60\u597d\u4e16\u754c', '\u0645\u0631\u062d\u0628\u0627',
+    '\U0001f469\u200d\U0001f52c\U0001f3fd', 'def f(x):\n    return x**2 # 1_000', '<|im_start|>user\n<s></s><|endoftext|>', '\u00a0\u200b\ufeff', 'CamelCaseHTTP2xx')
 
-# %% ../nbs/01a_student.ipynb #f3a7ef93
+# %% ../nbs/01a_student.ipynb #2e3e1cb6
 def check_tokenizers(a:PreTrainedTokenizerBase, # The teacher's tokenizer
     b:PreTrainedTokenizerBase, # The student's tokenizer
 )->None: # ValueError where they differ
@@ -211,10 +220,9 @@ def check_tokenizers(a:PreTrainedTokenizerBase, # The teacher's tokenizer
     if odd := sorted(k for k in va.keys()|vb.keys() if va.get(k)!=vb.get(k)):
         raise ValueError(f'the tokenizers differ in {len(odd)} tokens, among them {odd[:3]}: {advice}')
     for s in HARD:
-        x,y = a(s).input_ids,b(s).input_ids
-        if x!=y: raise ValueError(f'the tokenizers split {s!r} into {x} and {y}: {advice}')
+        if (x := a(s).input_ids)!=(y := b(s).input_ids): raise ValueError(f'the tokenizers split {s!r} into {x} and {y}: {advice}')
 
-# %% ../nbs/01a_student.ipynb #53830910
+# %% ../nbs/01a_student.ipynb #d018b783
 def check_pair(teacher:PreTrainedModel, # The teacher's model
     student:PreTrainedModel, # The student
     teacher_tokenizer:PreTrainedTokenizerBase, # The teacher's tokenizer

