@@ -59,12 +59,13 @@ def means(self:Scores,
     kl,agree,ce,n = (w.double()@sums.T).T
     return Means(kl/n, agree/n, (ce/n).exp())
 
-# %% ../nbs/04_eval.ipynb #90b2ac31
+# %% ../nbs/04_eval.ipynb #8bd735eb
 @patch
 def to_dict(self:Scores)->dict: # Lists of numbers and strings
     "For JSON"
     return asdict(self)
 
+# %% ../nbs/04_eval.ipynb #54caa9db
 @patch(cls_method=True)
 def from_dict(cls:Scores,
     d:dict, # From `to_dict`
@@ -72,7 +73,7 @@ def from_dict(cls:Scores,
     "The inverse of `to_dict`"
     return cls(**d)
 
-# %% ../nbs/04_eval.ipynb #d8859a2c
+# %% ../nbs/04_eval.ipynb #073a1b67
 @patch
 def by_family(self:Scores)->dict[str,Means]: # Family to numbers
     "Scores of each family of prompts"
@@ -80,7 +81,7 @@ def by_family(self:Scores)->dict[str,Means]: # Family to numbers
     m = self.means(torch.tensor([[f==g for g in self.family] for f in fams]))
     return {f: Means(*[o[i].item() for o in m]) for i,f in enumerate(fams)}
 
-# %% ../nbs/04_eval.ipynb #44fbf91d
+# %% ../nbs/04_eval.ipynb #7cb8c018
 @contextlib.contextmanager
 def eval_mode(model:nn.Module): # Any module
     "Dropout is off inside; afterwards each module is in the mode it had"
@@ -90,7 +91,7 @@ def eval_mode(model:nn.Module): # Any module
     finally:
         for m,t in was.items(): m.training = t
 
-# %% ../nbs/04_eval.ipynb #45fdd00f
+# %% ../nbs/04_eval.ipynb #35fbbf39
 def score_batch(student:PreTrainedModel, # In eval mode
     head:Head, # The teacher's, on the student's device
     batch:dict, # From `cache.collate`
@@ -104,7 +105,7 @@ def score_batch(student:PreTrainedModel, # In eval mode
     per_token = torch.stack([d.kl, d.ce, d.agree.to(d.kl.dtype), torch.ones_like(d.kl)], 1).double().cpu()
     return torch.zeros(len(x), 4, dtype=torch.float64).index_add_(0, target.nonzero()[:,0].cpu(), per_token)
 
-# %% ../nbs/04_eval.ipynb #15481ac5
+# %% ../nbs/04_eval.ipynb #b7cf3a80
 @torch.no_grad()
 def evaluate(student:PreTrainedModel, # Any causal language model with the teacher's tokenizer
     cache:TeacherCache, # What the teacher said
@@ -125,13 +126,13 @@ def evaluate(student:PreTrainedModel, # Any causal language model with the teach
     fam,kl,ce,agree,n = zip(*[rows[i] for i in idx])
     return Scores(idx, list(fam), list(kl), list(ce), list(agree), [int(o) for o in n])
 
-# %% ../nbs/04_eval.ipynb #5dc2a09c
+# %% ../nbs/04_eval.ipynb #418fac70
 def check_paired(*scores:Scores): # Of different models
     "Raise `ValueError` unless all scores are of the same examples"
     for s in scores[1:]:
         if (s.index, s.n)!=(scores[0].index, scores[0].n): raise ValueError('these scores are of different examples: evaluate all models on the same cache with the same indices')
 
-# %% ../nbs/04_eval.ipynb #57700702
+# %% ../nbs/04_eval.ipynb #6071a16a
 def bootstrap(fn, # Takes one `Means` for each of `scores`, returns a tensor
     *scores:Scores, # Of the same examples, one for each model
     n_boot:int=1000, # Number of draws
@@ -146,7 +147,7 @@ def bootstrap(fn, # Takes one `Means` for each of `scores`, returns a tensor
     ends = torch.tensor([(1-level)/2, (1+level)/2], dtype=torch.float64)
     return tuple(fn(*[s.means(counts) for s in scores]).double().quantile(ends).tolist())
 
-# %% ../nbs/04_eval.ipynb #4385931b
+# %% ../nbs/04_eval.ipynb #10c7c9fc
 def recovered(student:Scores, # After distillation
     baseline:Scores, # Before it, on the same examples
     n_boot:int=1000, # Draws of the bootstrap
@@ -159,7 +160,7 @@ def recovered(student:Scores, # After distillation
     low,high = bootstrap(fn, student, baseline, n_boot=n_boot, seed=seed, level=level)
     return dict(value=fn(student, baseline), low=low, high=high)
 
-# %% ../nbs/04_eval.ipynb #e1fbcf5c
+# %% ../nbs/04_eval.ipynb #cd8bddda
 def better(a:Scores, # The model we hope for
     b:Scores, # The other, on the same examples
     n_boot:int=1000, # Draws of the bootstrap
@@ -171,7 +172,7 @@ def better(a:Scores, # The model we hope for
     low,high = bootstrap(fn, a, b, n_boot=n_boot, seed=seed, level=level)
     return dict(diff=fn(a, b), low=low, high=high)
 
-# %% ../nbs/04_eval.ipynb #ffee1707
+# %% ../nbs/04_eval.ipynb #af3bf1d4
 @dataclass
 class Report:
     "Scores of several models on several sets, and what follows from them"
@@ -196,9 +197,8 @@ class Report:
 
     sets = property(lambda self: list(self.models[self.student]), doc='Names of the sets')
 
-# %% ../nbs/04_eval.ipynb #6a4d7a1b
+# %% ../nbs/04_eval.ipynb #2fbf25a6
 SETS = dict(heldout='held out', ood='out of distribution')
-
 def _pct(r, k='value'): return f"{100*r[k]:.0f}% ({100*r['low']:.0f}% to {100*r['high']:.0f}%)"
 
 @patch
@@ -209,6 +209,7 @@ def _row(self:Report, s, name):
     at = f'{self.at[name]:,}' if name in self.at else ''
     return SETS.get(s, s), name.replace('|', r'\|'), at, f'{m.kl:.3f} ({lo:.3f} to {hi:.3f})', f'{m.agreement:.1%}', f'{m.perplexity:,.2f}', gap
 
+# %% ../nbs/04_eval.ipynb #4508bfc7
 @patch
 def table(self:Report)->str: # Markdown
     "One row for each model and set; in brackets, 95% intervals over prompts"
@@ -216,7 +217,7 @@ def table(self:Report)->str: # Markdown
     rows = [head, ('---',)*len(head)] + [self._row(s, n) for s in self.sets for n in self.models]
     return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
-# %% ../nbs/04_eval.ipynb #d60507a2
+# %% ../nbs/04_eval.ipynb #33f5b9fc
 @patch
 def against_baseline(self:Report,
     s:str, # Name of the set
@@ -231,7 +232,7 @@ def against_baseline(self:Report,
     if r['high']<0: return f"{where}: THE STUDENT IS WORSE than '{self.baseline}' ({kls})."
     return f"{where}: no gain over '{self.baseline}' can be shown ({kls})."
 
-# %% ../nbs/04_eval.ipynb #a51cad8c
+# %% ../nbs/04_eval.ipynb #05c63522
 @patch
 def against_control(self:Report,
     s:str, # Name of the set
@@ -247,7 +248,7 @@ def against_control(self:Report,
     if a is None or b is None: return res+' How many tokens each was trained on is not recorded.'
     return res if abs(a-b)<=.01*b else res+f' They were trained on {a:,} and {b:,} tokens: this is not an equal-token comparison.'
 
-# %% ../nbs/04_eval.ipynb #d7f68818
+# %% ../nbs/04_eval.ipynb #1f3bf5f3
 @patch
 def warnings(self:Report)->list[str]: # Sentences; empty where there is nothing to warn of
     "What a reader should hold against the numbers"
@@ -259,16 +260,18 @@ def warnings(self:Report)->list[str]: # Sentences; empty where there is nothing 
         if a-b>.1: res.append(f'Warning: out of distribution {less}: it has learned the training tasks more than the teacher.')
     return res
 
+# %% ../nbs/04_eval.ipynb #43d04f32
 @patch
 def statements(self:Report)->list[str]: # One sentence or two for each set and question, then warnings
     "What the numbers say"
     return [f(s) for f in (self.against_baseline, self.against_control) for s in self.sets] + self.warnings()
 
-# %% ../nbs/04_eval.ipynb #afde514f
+# %% ../nbs/04_eval.ipynb #b967577f
 def _cost(cost):
     fmt = dict(tokens=lambda v: f'{v:,} target tokens', seconds=lambda v: f'{v/60:,.1f} minutes', bytes=lambda v: f'{v/1e6:,.1f} MB on disk', machine=lambda v: f'on {v}')
     return ', '.join([f(cost[k]) for k,f in fmt.items() if k in cost] + [f'{k}: {cost[k]}' for k in sorted(cost.keys()-fmt.keys())])
 
+# %% ../nbs/04_eval.ipynb #c42b333a
 @patch
 def __str__(self:Report):
     parts = [f'# {self.title}', self.table(), '\n'.join(f'- {o}' for o in self.statements())]
@@ -281,7 +284,7 @@ def __str__(self:Report):
 @patch
 def _repr_markdown_(self:Report): return str(self)
 
-# %% ../nbs/04_eval.ipynb #01d6d03d
+# %% ../nbs/04_eval.ipynb #517a94dc
 @patch
 def plot(self:Report)->plt.Figure: # One panel, or two where there is a history
     "KL of every model on every set, with 95% intervals; the training curve"
@@ -299,7 +302,7 @@ def plot(self:Report)->plt.Figure: # One panel, or two where there is a history
         axs[0,1].set(xlabel='optimizer step', ylabel='KL of the training batch, nats per token', title='Training of the student')
     return fig
 
-# %% ../nbs/04_eval.ipynb #9a852d7e
+# %% ../nbs/04_eval.ipynb #7f145442
 @patch
 def save(self:Report,
     folder:str|Path, # Made if it is not there
@@ -314,6 +317,7 @@ def save(self:Report,
     plt.close(fig)
     return folder
 
+# %% ../nbs/04_eval.ipynb #6dba529b
 @patch(cls_method=True)
 def load(cls:Report,
     folder:str|Path, # Where `save` wrote
