@@ -236,12 +236,13 @@ def _done(p):
     try: return p.exists() and load_json(p.with_suffix('.json'))['bytes']==p.stat().st_size
     except CacheError: return False
 
-# %% ../nbs/00a_cache.ipynb #bc0e1e43
+# %% ../nbs/00a_cache.ipynb #2206c3f4
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write, score and store shard `i`; shard 0 also calibrates and stores the codec"
     g,p = m['generation'],shard_path(path, i)
-    exs = teacher.generate([r['prompt'] for r in rows], g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size, progress=False)
-    h,extra = score_rows(teacher, exs, m['layers'])
+    args = g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size
+    exs = teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True)
+    h,extra = score_rows(teacher, exs, m['layers']) if m['layers'] else (torch.cat([e['hidden'] for e in exs]), {})
     bad = ~torch.isfinite(h.float()).all(-1)
     if bad.any():
         ends = torch.tensor([len(e['input_ids'])-e['prompt_len'] for e in exs]).cumsum(0)

@@ -8,14 +8,14 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 __all__ = ['SETS', 'Means', 'Scores', 'eval_mode', 'score_batch', 'evaluate', 'check_paired', 'bootstrap', 'recovered', 'better',
            'Report']
 
-# %% ../nbs/04_eval.ipynb #e21f2666
+# %% ../nbs/04_eval.ipynb #48f20454
 import contextlib, math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt, torch
+import matplotlib.pyplot as plt, torch, yaml
 from fastcore.basics import chunked, patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -266,25 +266,25 @@ def statements(self:Report)->list[str]: # One sentence or two for each set and q
     "What the numbers say"
     return [f(s) for f in (self.against_baseline, self.against_control) for s in self.sets] + self.warnings()
 
-# %% ../nbs/04_eval.ipynb #b967577f
+# %% ../nbs/04_eval.ipynb #da576bd6
 def _cost(cost):
     fmt = dict(tokens=lambda v: f'{v:,} target tokens', seconds=lambda v: f'{v/60:,.1f} minutes', bytes=lambda v: f'{v/1e6:,.1f} MB on disk', machine=lambda v: f'on {v}')
-    return ', '.join([f(cost[k]) for k,f in fmt.items() if k in cost] + [f'{k}: {cost[k]}' for k in sorted(cost.keys()-fmt.keys())])
+    return ', '.join([f(cost[k]) for k,f in fmt.items() if k in cost] + [f'{k}: {v:,.1f}' if isinstance(v, float) else f'{k}: {v}' for k,v in sorted(cost.items()) if k not in fmt])
 
-# %% ../nbs/04_eval.ipynb #c42b333a
+# %% ../nbs/04_eval.ipynb #b5223634
 @patch
 def __str__(self:Report):
     parts = [f'# {self.title}', self.table(), '\n'.join(f'- {o}' for o in self.statements())]
     if self.cost: parts.append(f'Cost: {_cost(self.cost)}.')
     for o in self.samples:
         parts.append('\n\n'.join(['**Prompt**', indent(o['prompt'], '    ')] + [f'**{n}**\n\n'+indent(t, '    ') for n,t in o['answers'].items()]))
-    if self.settings: parts.append('Settings: '+', '.join(f'{k} {v}' for k,v in sorted(self.settings.items()))+'.')
+    if self.settings: parts.append(f'```yaml\n{yaml.safe_dump(self.settings)}```')
     return '\n\n'.join(parts)+'\n'
 
 @patch
 def _repr_markdown_(self:Report): return str(self)
 
-# %% ../nbs/04_eval.ipynb #517a94dc
+# %% ../nbs/04_eval.ipynb #385e849e
 @patch
 def plot(self:Report)->plt.Figure: # One panel, or two where there is a history
     "KL of every model on every set, with 95% intervals; the training curve"
@@ -296,10 +296,10 @@ def plot(self:Report)->plt.Figure: # One panel, or two where there is a history
         ax.bar([i-.4+w*(j+.5) for i in range(len(kls))], kls, w*.9, yerr=err, capsize=4, label=name)
     ax.set_xticks(range(len(self.sets)), [SETS.get(s, s) for s in self.sets])
     ax.set(xlabel='prompts', ylabel='KL(teacher || model), nats per token', title='Lower is closer to the teacher')
-    ax.legend(fontsize=8)
+    fig.legend(loc='outside lower center', ncols=4, fontsize=8)
     if self.history:
-        axs[0,1].semilogy(range(1, len(self.history)+1), self.history)
-        axs[0,1].set(xlabel='optimizer step', ylabel='KL of the training batch, nats per token', title='Training of the student')
+        axs[0,1].plot(range(1, len(self.history)+1), self.history)
+        axs[0,1].set(xlabel='optimizer step', ylabel='KL of the training batch, nats per token', title='Training of the student', ylim=0)
     return fig
 
 # %% ../nbs/04_eval.ipynb #7f145442

@@ -21,23 +21,25 @@ from .cache import CacheError, kl_nats, load_json, save_json
 from .eval import Report, eval_mode
 from .student import HARD
 
-# %% ../nbs/05_export.ipynb #97963901
+# %% ../nbs/05_export.ipynb #22ecf290
 def bare_model(student:PreTrainedModel, # A model, or a `peft` model around one; not changed
     dtype:torch.dtype=None, # Of the weights; default: as they are
-)->PreTrainedModel: # On the CPU; shares memory with the student where nothing had to be converted
+)->PreTrainedModel: # A copy on the CPU
     "What the configuration describes, adapters merged, everything else left out"
     if isinstance(student, PeftModel): student = copy.deepcopy(student).merge_and_unload()
     if not isinstance(student, PreTrainedModel): raise ValueError(f'{type(student).__name__} is not a transformers model: give the student itself, such as distiller.student')
     config = copy.deepcopy(student.config)
     config._name_or_path = ''
     with no_init_weights(): res = type(student)(config)
-    known = res.state_dict()
-    to = lambda v: v.detach().to('cpu', dtype if dtype and v.is_floating_point() else v.dtype)
-    res.load_state_dict({k: to(v) for k,v in student.state_dict().items() if k in known}, assign=True)
+    known,to = res.state_dict(),lambda v: v.detach().to('cpu', dtype if dtype and v.is_floating_point() else v.dtype, copy=True)
+    weights = {k: to(v) for k,v in student.state_dict().items() if k in known}
+    res.load_state_dict(weights, assign=True)
     res.tie_weights()
+    bad = [k for k,v in res.state_dict().items() if not v.allclose(weights[k], 0, 0, equal_nan=True)]
+    if bad: raise ValueError(f'{bad} would be replaced by the weight they are tied to: set config.tie_word_embeddings=False, the student has untied them')
     return res.eval()
 
-# %% ../nbs/05_export.ipynb #54f95a20
+# %% ../nbs/05_export.ipynb #92c6e50f
 def generation_config(student:PreTrainedModel, # Whose settings are kept, unless they are only a guess
     tokenizer:PreTrainedTokenizerBase, # Says the tokens for begin, end and padding otherwise
 )->GenerationConfig: # To be saved beside the model
@@ -49,14 +51,14 @@ def generation_config(student:PreTrainedModel, # Whose settings are kept, unless
     res._from_model_config = False
     return res
 
-# %% ../nbs/05_export.ipynb #b547acd7
+# %% ../nbs/05_export.ipynb #808762e9
 SECTIONS = dict(what='What it is', teacher='Teacher', data='Data', losses='Losses', results='Results', limits='Limits', licences='Licences')
 
 def _front(s):
     head = dict(license=s.get('license'), base_model=s.get('base_model'), library_name='transformers', pipeline_tag='text-generation', tags=['distillation'])
     return f"---\n{yaml.safe_dump({k: v for k,v in head.items() if v}, sort_keys=False)}---"
 
-# %% ../nbs/05_export.ipynb #be792d63
+# %% ../nbs/05_export.ipynb #28f1ee78
 USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = '.' # this folder
@@ -66,7 +68,7 @@ x = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_t
 out = model.generate(**x, max_new_tokens=32, do_sample=False)
 print(tokenizer.decode(out[0, x['input_ids'].shape[1]:], skip_special_tokens=True))"""
 
-# %% ../nbs/05_export.ipynb #3f4f6eeb
+# %% ../nbs/05_export.ipynb #9cff707e
 def model_card(run:Report|dict=None, # A report, or a dictionary of what is known
     **settings # More, or other, than `run` says: title, license, base_model, what, teacher, data, losses, limits, licences, reproduce
 )->str: # Markdown with a YAML head
@@ -82,7 +84,7 @@ def model_card(run:Report|dict=None, # A report, or a dictionary of what is know
     again = '\n\n'.join(o for o in (s.get('reproduce'), rest) if o)
     return '\n\n'.join(parts + ([f'## How to reproduce\n\n{again}'] if again else []))+'\n'
 
-# %% ../nbs/05_export.ipynb #b42b1fa1
+# %% ../nbs/05_export.ipynb #363aa233
 MARK = 'distill_nb.json'
 
 def _files(path): return sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file() and p.name!=MARK)
@@ -93,7 +95,7 @@ def is_export(path:Path, # A folder
     try: return load_json(path/MARK)['files']==_files(path)
     except CacheError: return False
 
-# %% ../nbs/05_export.ipynb #a623c09e
+# %% ../nbs/05_export.ipynb #cd23b86e
 def _fsync(p):
     fd = os.open(p, os.O_RDONLY)
     try: os.fsync(fd)
@@ -105,7 +107,7 @@ def _settle(folder):
         if p.is_file(): p.chmod(mode)
         _fsync(p)
 
-# %% ../nbs/05_export.ipynb #511ffc02
+# %% ../nbs/05_export.ipynb #70c6f272
 def _swap(new, path, aside):
     if path.exists(): path.rename(aside)
     try: new.rename(path)
@@ -114,7 +116,7 @@ def _swap(new, path, aside):
         raise
     _fsync(path.parent)
 
-# %% ../nbs/05_export.ipynb #82c4443f
+# %% ../nbs/05_export.ipynb #893bd67d
 def export_safetensors(student:PreTrainedModel, # The model, or a `peft` model; not changed
     tokenizer:PreTrainedTokenizerBase, # Its tokenizer, with the chat template
     path:str|Path, # Folder to make; an earlier export there is replaced
@@ -137,7 +139,7 @@ def export_safetensors(student:PreTrainedModel, # The model, or a `peft` model; 
         _swap(new, path, Path(tmp)/'old')
     return path
 
-# %% ../nbs/05_export.ipynb #31b2e5bb
+# %% ../nbs/05_export.ipynb #e5adb05c
 @torch.no_grad()
 def logit_differences(model:PreTrainedModel, # The reference
     other:PreTrainedModel, # The one to compare, on the same device
@@ -149,7 +151,7 @@ def logit_differences(model:PreTrainedModel, # The reference
     top = a.topk(2).values
     return dict(diff=(a-b).abs().amax(-1), kl=kl_nats(a, b), same=a.argmax(-1)==b.argmax(-1), gap=top[:,0]-top[:,1])
 
-# %% ../nbs/05_export.ipynb #50883b35
+# %% ../nbs/05_export.ipynb #8f5cf285
 def tokenizer_differences(a:PreTrainedTokenizerBase, # The reference
     b:PreTrainedTokenizerBase, # The one to compare
     texts:list[str]=(), # More texts than the difficult ones
@@ -160,7 +162,7 @@ def tokenizer_differences(a:PreTrainedTokenizerBase, # The reference
     ids = all(a(s).input_ids==b(s).input_ids for s in (*HARD, *texts))
     return dict(ids_equal=ids, chat_template_equal=a.chat_template==b.chat_template and said[0]==said[1], bos=a.bos_token_id==b.bos_token_id)
 
-# %% ../nbs/05_export.ipynb #f5c98438
+# %% ../nbs/05_export.ipynb #3fd1464b
 def check_parity(model:PreTrainedModel, # In memory, as it was exported
     path:str|Path, # The export
     texts:list, # Strings, or lists of token ids
@@ -179,7 +181,7 @@ def check_parity(model:PreTrainedModel, # In memory, as it was exported
     if bad: raise ValueError(f"{Path(path).name} is not the model in memory: {', '.join(bad)} (favourite token differs on {wrong} of {len(o['kl'])} tokens)")
     return res
 
-# %% ../nbs/05_export.ipynb #8fee1343
+# %% ../nbs/05_export.ipynb #a2e97060
 @torch.no_grad()
 def answer(path:str|Path, # An export, or any other Hugging Face folder
     prompts:list[str], # What the user says

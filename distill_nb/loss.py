@@ -46,7 +46,7 @@ def hidden_loss(
     hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden))
     return (hs - ht).pow(2).mean(-1)
 
-# %% ../nbs/02_loss.ipynb #cc4a37fe
+# %% ../nbs/02_loss.ipynb #610a5386
 _divergences = dict(forward_kl=forward_kl, reverse_kl=reverse_kl)
 
 class DistillationLoss(nn.Module):
@@ -57,6 +57,7 @@ class DistillationLoss(nn.Module):
         divergence:str="forward_kl", # or "reverse_kl"
         ce:float=0., # weight of cross-entropy with the labels
     ):
+        "Keep the settings"
         super().__init__()
         if divergence not in _divergences: raise ValueError(f"divergence {divergence!r}: choose from {', '.join(_divergences)}")
         self.temperature,self.alpha,self.divergence,self.ce = temperature,alpha,divergence,ce
@@ -127,11 +128,15 @@ def _add_grads(dz, low, x, w, dh, dW, db):
     if low is None: dW[:n].addmm_(dz.T, x)
     else: dW[:n] += dz.T@x
 
-# %% ../nbs/02_loss.ipynb #93c2c2fd
+# %% ../nbs/02_loss.ipynb #62291961
 class _LinearDivergence(torch.autograd.Function):
     "Chunked divergence of two heads, its gradient made in the forward pass"
     @staticmethod
-    def forward(ctx, h, W, b, hT, WT, bT, labels, T, kl, ce, chunk, dtype, grad):
+    def forward(ctx, h, W, b, # the student's (N, d_S) hidden states, its head's weight and bias
+        hT, WT, bT, labels, # the teacher's, and the (N,) ids predicted
+        T, kl, ce, # temperature, weights of T^2 KL and cross-entropy
+        chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
+        "The loss as a sum, per-token statistics, and the gradient kept for later"
         N,n,acc = len(h), min(len(W), len(WT)), torch.promote_types(dtype, torch.float32)
         x,w,xt,wt = (o.to(dtype) for o in (h,W[:n],hT,WT[:n]))
         b_,bt = (o if o is None else o[:n] for o in (b,bT))
@@ -152,7 +157,9 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, *_): return *(None if o is None else o*g for o in ctx.saved_tensors), *[None]*10
+    def backward(ctx, g, *_): # g: gradient of the scalar loss
+        "What was kept, times the incoming gradient"
+        return *(None if o is None else o*g for o in ctx.saved_tensors), *[None]*10
 
 # %% ../nbs/02_loss.ipynb #75145dbc
 class LinearDivergence(NamedTuple):

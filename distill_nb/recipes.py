@@ -9,7 +9,7 @@ __all__ = ['ANSWER', 'TEACHER_NAME', 'COMMANDS', 'Table', 'Synthesis', 'Teacher'
            'Optimizer', 'Schedule', 'Memory', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Config',
            'known_keys', 'explain', 'preset', 'Run', 'machine', 'run', 'parser', 'command', 'verify', 'main']
 
-# %% ../nbs/06_recipes.ipynb #3947eae1
+# %% ../nbs/06_recipes.ipynb #eda80faf
 import argparse, difflib, json, platform, subprocess, sys, time
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .cache import CacheError, TeacherCache, as_rows, build_cache, load_json, save_json, sha256_json
 from .eval import Report, Scores, evaluate
-from .export import export_safetensors, model_card
+from .export import check_parity, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
 from .student import check_pair, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, load_prompts
@@ -427,12 +427,12 @@ def cost_table(self:Run)->dict: # Name to number or text
     parts = {f'{k} (s)': v for k,v in self.cost().items()}
     return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], seconds=sum(self.cost().values()), **parts)
 
-# %% ../nbs/06_recipes.ipynb #f326cb32
+# %% ../nbs/06_recipes.ipynb #682407e5
 @patch
 def settings(self:Run)->dict: # The configuration, and what was not run
     "What was asked for"
     why = 'not run: this version has no benchmark harness'
-    return dict(config=self.config.model_dump(), kept_layers=getattr(self.start_config(), 'kept_layers', None),
+    return dict(config=self.config.model_dump(), kept_layers=list(getattr(self.start_config(), 'kept_layers', [])),
         benchmarks={b: why for b in self.config.validation.benchmarks})
 
 # %% ../nbs/06_recipes.ipynb #1df466bf
@@ -461,7 +461,7 @@ def card(self:Run,
         data=f"{n} instructions, answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each.",
         losses=f'{loss.type}, temperature {loss.temperature:g}, {t.schedule.max_steps} steps of {t.memory.batch_size*t.memory.gradient_accumulation} sequences.')
 
-# %% ../nbs/06_recipes.ipynb #a8e5c454
+# %% ../nbs/06_recipes.ipynb #fb92dd0b
 @patch
 def finish(self:Run,
     models:dict, # From `train`
@@ -469,6 +469,7 @@ def finish(self:Run,
     "Report and export: the student is answered for by the folder that others will open"
     rep,final = self.compare(models),self.out/'model'
     export_safetensors(models['student'], self.cache.tokenizer, final, card=self.card(rep))
+    check_parity(models['student'], final, [self.cache.tokenizer.decode(self.cache[0]['input_ids'])], self.cache.tokenizer)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     ids = (self.cache.select(split='heldout')[:k-k//2] + self.cache.select(split='ood')[:k//2])
     qs = [self.cache[i]['meta']['prompt'] for i in ids]

@@ -6,7 +6,7 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
-           'load_prompts', 'pad', 'trim', 'seeded', 'head_input', 'Head', 'head_of', 'eager_attention',
+           'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'Head', 'head_of', 'eager_attention',
            'weights_sha256', 'tokenizer_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #33c0fccc
@@ -144,69 +144,7 @@ def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the trai
     for r in rows: rank[r['id']] = seen[r['family']] = seen.get(r['family'], 0)+1
     return Dataset.from_list(sorted(rows, key=lambda r: rank[r['id']])[:n])
 
-# %% ../nbs/00_synthesis.ipynb #71b053af
-def pad(seqs:list, # Lists of token ids
-    value:int=0, # Id to fill with
-    left:bool=False, # Fill before instead of after?
-)->tuple[Tensor, Tensor]: # `(B,L)` ids and `(B,L)` attention mask (1 where real)
-    "Sequences as one rectangle with its attention mask"
-    L = max(map(len, seqs))
-    fill = lambda s, v: [v]*(L-len(s))+list(s) if left else list(s)+[v]*(L-len(s))
-    return torch.tensor([fill(s, value) for s in seqs]), torch.tensor([fill([1]*len(s), 0) for s in seqs])
-
-# %% ../nbs/00_synthesis.ipynb #c94f58d4
-def trim(ids:list, # Generated token ids
-    eos:set, # Ids that end a turn
-)->list: # Up to and with the first of them
-    "Cut `ids` after the first end token"
-    end = next((i for i,o in enumerate(ids) if o in eos), len(ids)-1)
-    return ids[:end+1]
-
-# %% ../nbs/00_synthesis.ipynb #4715f3a6
-@contextlib.contextmanager
-def seeded(*key): # Anything with a stable `repr`
-    "Random numbers inside depend on `key` alone; those outside go on as if nothing had happened"
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], 'little') >> 1
-    state = random.getstate()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        try: yield
-        finally: random.setstate(state)
-
-# %% ../nbs/00_synthesis.ipynb #7af9f61e
-@patch
-@torch.no_grad()
-def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
-    "Responses to one batch of encoded prompts"
-    tok,gc = self.tokenizer,self.model.generation_config
-    eos = gc.eos_token_id if gc.eos_token_id is not None else tok.eos_token_id
-    x,mask = (o.to(self.model.device) for o in pad(ids, value=tok.pad_token_id or 0, left=True))
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature>0 else dict(do_sample=False)
-    out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos,
-        pad_token_id=tok.pad_token_id or 0, **how)
-    return [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
-
-# %% ../nbs/00_synthesis.ipynb #f1e63968
-@patch
-def generate(self:TeacherSynthesizer,
-    prompts:list, # Strings, lists of messages, or lists of token ids
-    max_new_tokens:int=512, # Longest response, in tokens
-    temperature:float=0.8, # Samples come from softmax(z/temperature); 0 takes the most likely token
-    top_p:float=1., # Keep the most likely tokens that hold this much mass
-    seed:int=0, # Batch j draws from a generator seeded by (seed, j)
-    batch_size:int=64, # Prompts written together
-    progress:bool=True, # Show a bar?
-)->list[dict]: # An example `dict(input_ids=, prompt_len=)` for each prompt, in the order of `prompts`
-    "Let the teacher write"
-    ids = prompts if prompts and isinstance(prompts[0], list) and isinstance(prompts[0][0], int) else self.encode(prompts)
-    order,res = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids)
-    for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
-        with seeded(seed, j): rs = self._write([ids[i] for i in idx], max_new_tokens, temperature, top_p)
-        for i,r in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i]))
-    return res
-
-# %% ../nbs/00_synthesis.ipynb #9a03c7c2
+# %% ../nbs/00_synthesis.ipynb #05ea0e2b
 @contextlib.contextmanager
 def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     skip:bool=False, # Give the head no rows, so that no logits are computed?
@@ -220,7 +158,73 @@ def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     try: yield seen
     finally: handle.remove()
 
-# %% ../nbs/00_synthesis.ipynb #7fe38343
+# %% ../nbs/00_synthesis.ipynb #e926ebf1
+def pad(seqs:list, # Lists of token ids
+    value:int=0, # Id to fill with
+    left:bool=False, # Fill before instead of after?
+)->tuple[Tensor, Tensor]: # `(B,L)` ids and `(B,L)` attention mask (1 where real)
+    "Sequences as one rectangle with its attention mask"
+    L = max(map(len, seqs))
+    fill = lambda s, v: [v]*(L-len(s))+list(s) if left else list(s)+[v]*(L-len(s))
+    return torch.tensor([fill(s, value) for s in seqs]), torch.tensor([fill([1]*len(s), 0) for s in seqs])
+
+# %% ../nbs/00_synthesis.ipynb #49339204
+def trim(ids:list, # Generated token ids
+    eos:set, # Ids that end a turn
+)->list: # Up to and with the first of them
+    "Cut `ids` after the first end token"
+    end = next((i for i,o in enumerate(ids) if o in eos), len(ids)-1)
+    return ids[:end+1]
+
+# %% ../nbs/00_synthesis.ipynb #d94950c1
+@contextlib.contextmanager
+def seeded(*key): # Anything with a stable `repr`
+    "Random numbers inside depend on `key` alone; those outside go on as if nothing had happened"
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], 'little') >> 1
+    state = random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try: yield
+        finally: random.setstate(state)
+
+# %% ../nbs/00_synthesis.ipynb #15a54b7e
+@patch
+@torch.no_grad()
+def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
+    "Responses to one batch of encoded prompts, and the `(R,d)` input of the head at each of their tokens"
+    tok,gc = self.tokenizer,self.model.generation_config
+    eos = gc.eos_token_id if gc.eos_token_id is not None else tok.eos_token_id
+    x,mask = (o.to(self.model.device) for o in pad(ids, value=tok.pad_token_id or 0, left=True))
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature>0 else dict(do_sample=False)
+    with head_input(self.model) as hs:
+        out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos,
+            pad_token_id=tok.pad_token_id or 0, **how)
+    h = torch.cat([o[:,-1:].cpu() for o in hs], 1) # (B,steps,d)
+    rs = [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
+    return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
+
+# %% ../nbs/00_synthesis.ipynb #64f342fe
+@patch
+def generate(self:TeacherSynthesizer,
+    prompts:list, # Strings, lists of messages, or lists of token ids
+    max_new_tokens:int=512, # Longest response, in tokens
+    temperature:float=0.8, # Samples come from softmax(z/temperature); 0 takes the most likely token
+    top_p:float=1., # Keep the most likely tokens that hold this much mass
+    seed:int=0, # Batch j draws from a generator seeded by (seed, j)
+    batch_size:int=64, # Prompts written together
+    progress:bool=True, # Show a bar?
+    capture:bool=False, # Add `hidden`, the `(R,d)` inputs of the head from which the R response tokens were drawn?
+)->list[dict]: # An example `dict(input_ids=, prompt_len=)` for each prompt, in the order of `prompts`
+    "Let the teacher write"
+    ids = prompts if prompts and isinstance(prompts[0], list) and isinstance(prompts[0][0], int) else self.encode(prompts)
+    order,res = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids)
+    for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
+        with seeded(seed, j): rs = self._write([ids[i] for i in idx], max_new_tokens, temperature, top_p)
+        for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
+    return res
+
+# %% ../nbs/00_synthesis.ipynb #b37fd25a
 class Head(NamedTuple):
     "An output head: logits are `h @ weight.T + bias`"
     weight:Tensor # `(V,d)`
@@ -232,7 +236,7 @@ class Head(NamedTuple):
         "Logits of hidden states `h`, computed in fp32 whatever the inputs are"
         return nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
-# %% ../nbs/00_synthesis.ipynb #25133260
+# %% ../nbs/00_synthesis.ipynb #f0a6191f
 def head_of(model:PreTrainedModel, # A causal language model
 )->Head: # Shares storage with the model
     "The output head of `model`, detached"
@@ -240,7 +244,7 @@ def head_of(model:PreTrainedModel, # A causal language model
     bias = getattr(m, 'bias', None)
     return Head(m.weight.detach(), None if bias is None else bias.detach())
 
-# %% ../nbs/00_synthesis.ipynb #8cd92b45
+# %% ../nbs/00_synthesis.ipynb #cb633710
 @contextlib.contextmanager
 def eager_attention(model:PreTrainedModel): # Its attention implementation is put back afterwards
     "Attention maps are formed inside"
@@ -249,7 +253,7 @@ def eager_attention(model:PreTrainedModel): # Its attention implementation is pu
     try: yield
     finally: model.set_attn_implementation(old)
 
-# %% ../nbs/00_synthesis.ipynb #196f9daa
+# %% ../nbs/00_synthesis.ipynb #80e2ed31
 @patch
 @torch.no_grad()
 def score(self:TeacherSynthesizer,
@@ -270,7 +274,7 @@ def score(self:TeacherSynthesizer,
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
 
-# %% ../nbs/00_synthesis.ipynb #01872c8b
+# %% ../nbs/00_synthesis.ipynb #6149547b
 @patch
 def synthesize(self:TeacherSynthesizer,
     prompts:list, # Strings or lists of messages
@@ -287,10 +291,10 @@ def synthesize(self:TeacherSynthesizer,
     return dict(input_ids=x, attention_mask=mask, generated_ids=pad([e['input_ids'][e['prompt_len']:] for e in exs], fill)[0],
         logits=s['logits'], hidden_states=tuple(s['hidden_states'].values()), attentions=s['attentions'])
 
-# %% ../nbs/00_synthesis.ipynb #fbda38fc
+# %% ../nbs/00_synthesis.ipynb #abbb927b
 def _digest(*parts): return hashlib.sha256(b'\0'.join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #66fe95f6
+# %% ../nbs/00_synthesis.ipynb #fa8e86d7
 def weights_sha256(model:nn.Module, # Any module
 )->str: # SHA-256 over names, types, shapes and bytes of all parameters and buffers
     "Hash of a model's weights"
@@ -300,12 +304,12 @@ def weights_sha256(model:nn.Module, # Any module
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #e666b255
+# %% ../nbs/00_synthesis.ipynb #64ab677a
 def tokenizer_sha256(tok)->str: # A fast tokenizer; SHA-256 of its rules, special tokens and chat template
     "Hash of a tokenizer"
     return _digest(tok.backend_tokenizer.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
 
-# %% ../nbs/00_synthesis.ipynb #d0370cf6
+# %% ../nbs/00_synthesis.ipynb #8d2455ca
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"
