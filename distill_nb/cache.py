@@ -255,7 +255,7 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     channel = load_tensors(path/'codec.safetensors')[0]['channel']
     save_tensors(_pack(exs, h, extra, m['dtype'], channel), p, dict(rows=rows))
 
-# %% ../nbs/00a_cache.ipynb #f9b9aff8
+# %% ../nbs/00a_cache.ipynb #799be9f6
 def build_cache(
     teacher:TeacherSynthesizer, # Who is asked
     prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings
@@ -270,7 +270,7 @@ def build_cache(
     shard_size:int=64, # Examples per shard
     batch_size:int=64, # Prompts written together
     progress:bool=True, # Show a bar?
-)->'TeacherCache': # The cache, also set as `teacher.cache`
+): # A `TeacherCache`, also set as `teacher.cache`
     "Ask the teacher about `prompts` and keep the answers; goes on where an interrupted build stopped"
     if (codec, dtype) not in (('hidden', 'bf16'), ('hidden', 'int8')): raise ValueError(f"codec {codec!r} with dtype {dtype!r}: use codec='hidden' with dtype='bf16' or 'int8'")
     path,rows = Path(path),as_rows(prompts)

@@ -7,10 +7,9 @@ Docs: https://example.org/distill_nb/loss.html.md"""
 # %% auto #0
 __all__ = ['forward_kl', 'reverse_kl', 'hidden_loss', 'DistillationLoss', 'LinearDivergence', 'linear_divergence']
 
-# %% ../nbs/02_loss.ipynb #11df0b6f
+# %% ../nbs/02_loss.ipynb #924ac088
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
 from functools import reduce
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -128,7 +127,7 @@ def _add_grads(dz, low, x, w, dh, dW, db):
     if low is None: dW[:n].addmm_(dz.T, x)
     else: dW[:n] += dz.T@x
 
-# %% ../nbs/02_loss.ipynb #62291961
+# %% ../nbs/02_loss.ipynb #4cad64e0
 class _LinearDivergence(torch.autograd.Function):
     "Chunked divergence of two heads, its gradient made in the forward pass"
     @staticmethod
@@ -156,9 +155,9 @@ class _LinearDivergence(torch.autograd.Function):
         return kl*T**2*kls.sum() + ce*nll.sum(), kls, agree, nll
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_): # g: gradient of the scalar loss
         "What was kept, times the incoming gradient"
+        if torch.is_grad_enabled(): raise RuntimeError("linear_divergence has no second derivative: use DistillationLoss for create_graph=True")
         return *(None if o is None else o*g for o in ctx.saved_tensors), *[None]*10
 
 # %% ../nbs/02_loss.ipynb #75145dbc

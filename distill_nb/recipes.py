@@ -9,7 +9,7 @@ __all__ = ['ANSWER', 'TEACHER_NAME', 'COMMANDS', 'Table', 'Synthesis', 'Teacher'
            'Optimizer', 'Schedule', 'Memory', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Config',
            'known_keys', 'explain', 'preset', 'Run', 'machine', 'run', 'parser', 'command', 'verify', 'main']
 
-# %% ../nbs/06_recipes.ipynb #eda80faf
+# %% ../nbs/06_recipes.ipynb #d5e80ca8
 import argparse, difflib, json, platform, subprocess, sys, time
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ from .cache import CacheError, TeacherCache, as_rows, build_cache, load_json, sa
 from .eval import Report, Scores, evaluate
 from .export import check_parity, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
-from .student import check_pair, prune_student
+from .student import check_pair, freeze_below, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, load_prompts
 from .trainer import Distiller, DistillTrainer, Stage
 
@@ -57,7 +57,7 @@ class Prune(Table):
     how:Literal['kl', 'influence', 'uniform'] = 'kl'
     n_prompts:int = Field(8, gt=0) # training examples that decide what goes
 
-# %% ../nbs/06_recipes.ipynb #555ffae6
+# %% ../nbs/06_recipes.ipynb #426a0afd
 class Projection(Table):
     "Hidden states to match"
     teacher_dim:int # width of the teacher's hidden states
@@ -70,6 +70,7 @@ class Student(Table):
     model_id:str|None = None # folder or hub id
     prune:Prune|None = None
     projection:Projection|None = None
+    freeze_below:int = Field(0, ge=0) # so many of the lowest blocks, and the embeddings, stay as they are
 
 # %% ../nbs/06_recipes.ipynb #66925c79
 class Loss(Table):
@@ -187,7 +188,7 @@ def preset(name:str, # 'demo'
     if name not in found: raise ValueError(f'no preset {name!r}: use one of {found}')
     return Config.from_yaml(files('distill_nb')/f'data/{name}.yaml')
 
-# %% ../nbs/06_recipes.ipynb #8b93e0af
+# %% ../nbs/06_recipes.ipynb #95ee403f
 class Run:
     "A configuration at work"
     def __init__(self,
@@ -203,19 +204,19 @@ class Run:
         self.precision = ('bf16' if self.fast==torch.bfloat16 else 'no') if want=='auto' else want
         self.out.mkdir(parents=True, exist_ok=True)
 
-# %% ../nbs/06_recipes.ipynb #4dac0f0f
+# %% ../nbs/06_recipes.ipynb #d6cbdea8
 def machine()->str: # Such as '2 CPU threads of x86_64' or the GPU's name
     "What the numbers were measured on"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads ({platform.machine()}), {fast_dtype()}'.replace('torch.', '')
 
-# %% ../nbs/06_recipes.ipynb #ae1c7bbc
+# %% ../nbs/06_recipes.ipynb #c8b8a3f7
 @patch
 def cost(self:Run)->dict: # Part to `seconds` and whatever else it counted
     "What the parts cost so far"
     p = self.out/'cost.json'
     return load_json(p) if p.exists() else {}
 
-# %% ../nbs/06_recipes.ipynb #2f985837
+# %% ../nbs/06_recipes.ipynb #ab0ad9e0
 @patch
 def spent(self:Run,
     part:str, # Name of the part
@@ -226,7 +227,7 @@ def spent(self:Run,
     cost[part] = round(cost.get(part, 0) + time.perf_counter()-start, 1)
     save_json(cost, self.out/'cost.json')
 
-# %% ../nbs/06_recipes.ipynb #291def86
+# %% ../nbs/06_recipes.ipynb #ad423888
 @patch
 def rows(self:Run)->list[dict]: # Rows with `prompt` and `split`
     "The prompts of this run"
@@ -239,7 +240,7 @@ def rows(self:Run)->list[dict]: # Rows with `prompt` and `split`
             ds.filter(lambda r: r['split']==split) if p.file else load_prompts(split, n))
     return as_rows(res)
 
-# %% ../nbs/06_recipes.ipynb #992f5772
+# %% ../nbs/06_recipes.ipynb #1d0e8cff
 @patch
 def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     "Load the teacher, once"
@@ -249,7 +250,7 @@ def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     self.teacher = TeacherSynthesizer(embedded_teacher() if t.model_id=='embedded' else t.model_id, device=self.device, dtype=dtype)
     return self.teacher
 
-# %% ../nbs/06_recipes.ipynb #1e30222e
+# %% ../nbs/06_recipes.ipynb #cf7e47b6
 @patch
 def layer_map(self:Run,
     n_teacher:int, # Blocks of the teacher
@@ -262,7 +263,7 @@ def layer_map(self:Run,
     at = sorted({round(n_student*(i+1)/(p.n_layers+1)) for i in range(p.n_layers)})
     return {s: full[s] for s in at}
 
-# %% ../nbs/06_recipes.ipynb #e53b3d62
+# %% ../nbs/06_recipes.ipynb #be616421
 @patch
 def synth(self:Run)->TeacherCache: # Whole
     "Ask the teacher, or find that it has been asked"
@@ -276,7 +277,7 @@ def synth(self:Run)->TeacherCache: # Whole
     self.spent('synthesis', start)
     return self.cache
 
-# %% ../nbs/06_recipes.ipynb #4d382eae
+# %% ../nbs/06_recipes.ipynb #bcd71871
 @patch
 def pruned(self:Run,
     how:str, # As in `prune_student`
@@ -295,7 +296,14 @@ def pruned(self:Run,
     self.spent('pruning', start)
     return path
 
-# %% ../nbs/06_recipes.ipynb #f7c47a05
+# %% ../nbs/06_recipes.ipynb #c723e8f6
+@patch
+def start(self:Run)->str|Path: # Folder or hub id
+    "Where the student before training is"
+    p = self.config.student.prune
+    return self.pruned(p.how) if p else self.config.student.model_id
+
+# %% ../nbs/06_recipes.ipynb #8c44cd1d
 @patch
 def load_student(self:Run,
     path:str|Path, # Folder or hub id
@@ -303,7 +311,25 @@ def load_student(self:Run,
     "The student as it is in a folder"
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(self.device)
 
-# %% ../nbs/06_recipes.ipynb #9041df80
+# %% ../nbs/06_recipes.ipynb #bb18107e
+@patch
+def scores(self:Run,
+    name:str, # Name of the model in the report
+    model=None, # The model, or a folder; None: it must have been judged already
+)->dict: # Set ('heldout', 'ood') to `Scores`
+    "Held-out and out-of-distribution scores of a model, computed once"
+    path,key = self.out/f"scores-{name.replace(' ', '_').replace('@', 'at')}.json",sha256_json(self.config.model_dump())
+    if path.exists() and (old := load_json(path))['key']==key: return {k: Scores.from_dict(v) for k,v in old['sets'].items()}
+    if model is None: raise ValueError(f'{path} is missing or of another configuration: use another `out` folder')
+    if not isinstance(model, torch.nn.Module): model = self.load_student(model)
+    start = time.perf_counter()
+    sets = {s: self.cache.select(split=s) for s in ('heldout', 'ood')}
+    res = {s: evaluate(model, self.cache, idx) for s,idx in sets.items() if idx}
+    save_json(dict(key=key, sets={s: o.to_dict() for s,o in res.items()}), path)
+    self.spent('evaluation', start)
+    return res
+
+# %% ../nbs/06_recipes.ipynb #a491bfea
 @patch
 def trainer(self:Run,
     student, # Model to train
@@ -322,7 +348,7 @@ def trainer(self:Run,
         m.gradient_accumulation, weight_decay=t.optimizer.weight_decay, mixed_precision=self.precision, activation_checkpointing=m.activation_checkpointing,
         device=self.device, seed=t.seed, save_every=m.save_every, callbacks=callbacks, progress=self.progress)
 
-# %% ../nbs/06_recipes.ipynb #8f6c3027
+# %% ../nbs/06_recipes.ipynb #c949a999
 @patch
 def watch(self:Run,
     tr:DistillTrainer, # After a step
@@ -336,7 +362,7 @@ def watch(self:Run,
     past = [r['heldout_kl'] for r in tr.recorder.rows if 'heldout_kl' in r]
     if v.early_stopping and len(past)-1-past.index(min(past))>=v.early_stopping.patience: tr.stop = True
 
-# %% ../nbs/06_recipes.ipynb #7970e2bc
+# %% ../nbs/06_recipes.ipynb #e16af2cb
 @patch
 def train(self:Run)->dict: # Name to trained model: 'student', and 'control' where asked for
     "Train the student and its control"
@@ -344,7 +370,7 @@ def train(self:Run)->dict: # Name to trained model: 'student', and 'control' whe
     for name,steps,targets,calls in (('student', t.schedule.max_steps, 'teacher', [self.watch]), ('control', t.control_steps, 'text', [])):
         if not steps: continue
         start = time.perf_counter()
-        tr = self.trainer(self.load_student(self.start()), name, steps, targets, calls)
+        tr = self.trainer(freeze_below(self.load_student(self.start()), self.config.student.freeze_below), name, steps, targets, calls)
         if name=='student': check_pair(self.load_teacher().model, tr.distiller.student, self.teacher.tokenizer, self.cache.tokenizer)
         print(f'{name}: {steps} steps')
         rec = tr.fit()
@@ -353,25 +379,7 @@ def train(self:Run)->dict: # Name to trained model: 'student', and 'control' whe
         self.spent(f'training {name}', start)
     return res
 
-# %% ../nbs/06_recipes.ipynb #c3dc9d49
-@patch
-def scores(self:Run,
-    name:str, # Name of the model in the report
-    model=None, # The model, or a folder; None: it must have been judged already
-)->dict: # Set ('heldout', 'ood') to `Scores`
-    "Held-out and out-of-distribution scores of a model, computed once"
-    path,key = self.out/f"scores-{name.replace(' ', '_').replace('@', 'at')}.json",sha256_json(self.config.model_dump())
-    if path.exists() and (old := load_json(path))['key']==key: return {k: Scores.from_dict(v) for k,v in old['sets'].items()}
-    if model is None: raise ValueError(f'{path} is missing or of another configuration: use another `out` folder')
-    if not isinstance(model, torch.nn.Module): model = self.load_student(model)
-    start = time.perf_counter()
-    sets = {s: self.cache.select(split=s) for s in ('heldout', 'ood')}
-    res = {s: evaluate(model, self.cache, idx) for s,idx in sets.items() if idx}
-    save_json(dict(key=key, sets={s: o.to_dict() for s,o in res.items()}), path)
-    self.spent('evaluation', start)
-    return res
-
-# %% ../nbs/06_recipes.ipynb #3690505d
+# %% ../nbs/06_recipes.ipynb #de1d10b5
 ANSWER = '''
 import json, sys
 from distill_nb.export import answer
@@ -392,7 +400,7 @@ def answers(self:Run,
     self.spent('answers', start)
     return json.loads(out.stdout.splitlines()[-1])
 
-# %% ../nbs/06_recipes.ipynb #069710a1
+# %% ../nbs/06_recipes.ipynb #d4a19e93
 @patch
 def compare(self:Run,
     models:dict, # From `train`
@@ -410,7 +418,7 @@ def compare(self:Run,
         control='control' if 'control' in models else None, student_at_control=mid if short else None, at=seen,
         cost=self.cost_table(), samples=[], history=[r['kl'] for r in hist['student']], settings=self.settings())
 
-# %% ../nbs/06_recipes.ipynb #e63ed10d
+# %% ../nbs/06_recipes.ipynb #e58d499c
 TEACHER_NAME = 'SmolLM2-135M-Instruct (dequantised from Q4_1)'
 
 @patch
@@ -419,7 +427,7 @@ def title(self:Run)->str: # One line
     t,s = self.config.teacher.model_id,self.config.student
     return f'{TEACHER_NAME if t=="embedded" else t} to ' + (f'{s.prune.n_layers} of its {self.cache.manifest["teacher"]["n_layers"]} layers' if s.prune else s.model_id)
 
-# %% ../nbs/06_recipes.ipynb #9417f574
+# %% ../nbs/06_recipes.ipynb #59a4c992
 @patch
 def cost_table(self:Run)->dict: # Name to number or text
     "What the run cost so far"
@@ -427,7 +435,7 @@ def cost_table(self:Run)->dict: # Name to number or text
     parts = {f'{k} (s)': v for k,v in self.cost().items()}
     return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], seconds=sum(self.cost().values()), **parts)
 
-# %% ../nbs/06_recipes.ipynb #682407e5
+# %% ../nbs/06_recipes.ipynb #c24ba92b
 @patch
 def settings(self:Run)->dict: # The configuration, and what was not run
     "What was asked for"
@@ -435,20 +443,13 @@ def settings(self:Run)->dict: # The configuration, and what was not run
     return dict(config=self.config.model_dump(), kept_layers=list(getattr(self.start_config(), 'kept_layers', [])),
         benchmarks={b: why for b in self.config.validation.benchmarks})
 
-# %% ../nbs/06_recipes.ipynb #1df466bf
-@patch
-def start(self:Run)->str|Path: # Folder or hub id
-    "Where the student before training is"
-    p = self.config.student.prune
-    return self.pruned(p.how) if p else self.config.student.model_id
-
-# %% ../nbs/06_recipes.ipynb #86d7fa45
+# %% ../nbs/06_recipes.ipynb #00d6d9c5
 @patch
 def start_config(self:Run): # A `PretrainedConfig`
     "Configuration of the student before training"
     return AutoConfig.from_pretrained(self.start()).get_text_config(decoder=True)
 
-# %% ../nbs/06_recipes.ipynb #02f7cddb
+# %% ../nbs/06_recipes.ipynb #00e6f51a
 @patch
 def card(self:Run,
     rep:Report, # Of this run
@@ -461,7 +462,7 @@ def card(self:Run,
         data=f"{n} instructions, answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each.",
         losses=f'{loss.type}, temperature {loss.temperature:g}, {t.schedule.max_steps} steps of {t.memory.batch_size*t.memory.gradient_accumulation} sequences.')
 
-# %% ../nbs/06_recipes.ipynb #fb92dd0b
+# %% ../nbs/06_recipes.ipynb #9759f9ee
 @patch
 def finish(self:Run,
     models:dict, # From `train`
@@ -479,7 +480,7 @@ def finish(self:Run,
     rep.save(self.out/'report')
     return rep
 
-# %% ../nbs/06_recipes.ipynb #317c399e
+# %% ../nbs/06_recipes.ipynb #6ef41c09
 def run(config:Config, # What to do
     progress:bool=True, # Show bars?
 )->Report: # Also in the folder `config.out`, beside the student
@@ -488,7 +489,7 @@ def run(config:Config, # What to do
     r.synth()
     return r.finish(r.train())
 
-# %% ../nbs/06_recipes.ipynb #4e09917d
+# %% ../nbs/06_recipes.ipynb #243e53e5
 COMMANDS = dict(demo='distil the embedded teacher, end with a report', run='do everything that a YAML file says', synth='ask the teacher', train='ask, then train',
     eval='judge what was trained', export='write the student as a model folder', verify='check every byte of a cache')
 
@@ -502,7 +503,7 @@ def parser()->argparse.ArgumentParser: # Of the `distill` command
         else: q.add_argument('path', help='folder of the cache' if name=='verify' else 'YAML file')
     return p
 
-# %% ../nbs/06_recipes.ipynb #ef806d99
+# %% ../nbs/06_recipes.ipynb #224df9b4
 def command(name:str, # One of `COMMANDS`
     config:Config, # What to do
 )->Report|None: # Where one was made
@@ -516,7 +517,7 @@ def command(name:str, # One of `COMMANDS`
     if name=='train': return None
     return r.finish(models) if name=='export' else r.compare(models)
 
-# %% ../nbs/06_recipes.ipynb #7b2e107d
+# %% ../nbs/06_recipes.ipynb #6bee345b
 def verify(path:str, # Folder of a cache
 )->int: # Number of damaged files
     "Check every byte of a cache, and say what is wrong"
@@ -524,7 +525,7 @@ def verify(path:str, # Folder of a cache
     print('\n'.join(bad) or f'{path}: whole')
     return len(bad)
 
-# %% ../nbs/06_recipes.ipynb #85f22b2e
+# %% ../nbs/06_recipes.ipynb #4c195555
 def main(argv:list[str]=None, # Words of the command line; default: those of this process
 )->int: # Exit status
     "The `distill` command"

@@ -6,7 +6,7 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'evenly', 'prune_student', 'check_tokenizers', 'check_pair']
+           'evenly', 'prune_student', 'check_tokenizers', 'check_pair', 'freeze_below']
 
 # %% ../nbs/01a_student.ipynb #37e2ccfa
 import copy, warnings
@@ -239,3 +239,14 @@ def check_pair(teacher:PreTrainedModel, # The teacher's model
     if min(nt, ns)<n: raise ValueError(f'heads of {nt} and {ns} rows for {n} token ids: call resize_token_embeddings({n}) on the smaller model')
     warnings.warn(f'heads of {nt} and {ns} rows for one tokenizer: comparing the first {n} ids, the rest is padding', stacklevel=2)
     return n
+
+# %% ../nbs/01a_student.ipynb #e76c0237
+def freeze_below(student:PreTrainedModel, # Changed in place
+    n_layers:int, # So many of the lowest blocks stay as they are; 0 freezes nothing
+)->PreTrainedModel: # The same model
+    "Freeze the embeddings, a head tied to them, and the lowest blocks"
+    if not n_layers: return student
+    blocks = decoder_layers(student)[1]
+    if not 0<n_layers<len(blocks): raise ValueError(f'n_layers is {n_layers}: the student has {len(blocks)} blocks, leave at least one to train')
+    for m in (student.get_input_embeddings(), *blocks[:n_layers]): m.requires_grad_(False)
+    return student

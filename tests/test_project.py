@@ -36,7 +36,7 @@ def test_clean_and_export_leave_no_diff(copy):
 
 def test_readme_is_in_sync(copy):
     before = hashes(copy, 'README.md', 'assets/*')
-    tool(copy, 'python', 'tools/docs.py', '--readme_only')
+    tool(copy, 'python', 'tools/docs.py', '--readme-only')
     assert 'README.md' in before and hashes(copy, 'README.md', 'assets/*')==before
 
 def test_style_floors():

@@ -11,6 +11,7 @@ from pathlib import Path
 SPAN = re.compile(r'\[([^\]]*)\]\(([^)]*)\)\{([^}]*)\}')
 CALLOUT = re.compile(r'^:::+ *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::+ *$', re.M|re.S)
 CHAPTER = re.compile(r'\]\((\w+)\.ipynb(#[^)]*)?\)')
+LINK = re.compile(r'\]\((?:\.\./)?([\w./-]+)\)')
 
 def _callout(m): return f'!!! {m[1]}\n\n' + re.sub('^', '    ', m[2].strip(), flags=re.M) + '\n'
 
@@ -19,15 +20,24 @@ def plain(s):
     s = SPAN.sub(r'<a href="\2" \3>\1</a>', s)
     return re.sub(r'^:::.*$\n?', '', CALLOUT.sub(_callout, s), flags=re.M)
 
+def mathml(s, display='inline'):
+    "LaTeX `s` as MathML, with the thin space after a function's name that latex2mathml leaves out"
+    return re.sub(r'(<mi>(?:log|exp|ln)</mi>)(?=<m[in]|<msu|<mov|<mfr)', r'\1<mspace width="0.17em" />', convert(s, display=display))
+
 def math(s):
     "`s` with its LaTeX as MathML, which browsers show without a script; code is left alone"
     parts = re.split(r'(```.*?```|`[^`\n]+`)', s, flags=re.S)
     for i in range(0, len(parts), 2):
-        p = re.sub(r'\$\$(.+?)\$\$', lambda m: convert(m[1].strip(), display='block'), parts[i], flags=re.S)
-        parts[i] = re.sub(r'(?<![\\$])\$([^$\n]+?)\$(?!\d)', lambda m: convert(m[1]), p)
+        p = re.sub(r'\$\$(.+?)\$\$', lambda m: mathml(m[1].strip(), 'block'), parts[i], flags=re.S)
+        parts[i] = re.sub(r'(?<![\\$])\$([^$\n]+?)\$(?!\d)', lambda m: mathml(m[1]), p)
     return ''.join(parts)
 
-def anchor(s): return re.sub(r'^### ([\w.]+)$', lambda m: f'{m[0]} {{#{m[1].lower()}}}', s, flags=re.M)
+def _anchor(m):
+    "Heading `m` with its id; a dunder would be read as bold, so its id stands in front"
+    if '__' in m[1]: return f'<a id="{m[1].lower()}"></a>\n\n### ' + m[1].replace('_', r'\_')
+    return f'{m[0]} {{#{m[1].lower()}}}'
+
+def anchor(s): return re.sub(r'^### ([\w.]+)$', _anchor, s, flags=re.M)
 
 def options(c):
     "Quarto options of `c`, removed from its source"
@@ -72,9 +82,20 @@ def to_md(fn, dest):
 
 def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', nb)
 
+def from_root(s, root):
+    "`s` with its links to files of the repository (`../` from a notebook) as seen from `root`"
+    return LINK.sub(lambda m: f']({m[1]})' if (root/m[1]).is_file() else m[0], s)
+
+def repo_files(md, root, more):
+    "Copy the files of the repository that pages in `md` link to, and `more`, so that the site has them"
+    for k in {m[1] for f in md.glob('*.md') for m in LINK.finditer(f.read_text())}.union(more):
+        if not (root/k).is_file(): continue
+        (md/k).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/k, md/k)
+
 def readme(md, dest):
     "README.md in folder `dest` from the index page: chapters are links to notebooks, figures live in `assets`"
-    s = CHAPTER.sub(lambda m: f'](nbs/{m[1]}.ipynb{m[2] or ""})', (md/'index.md').read_text())
+    s = CHAPTER.sub(lambda m: f'](nbs/{m[1]}.ipynb{m[2] or ""})', from_root((md/'index.md').read_text(), dest))
     figs = sorted((md/'index_files').glob('*')) if (md/'index_files').exists() else []
     shutil.rmtree(dest/'assets', ignore_errors=True)
     for f in figs:
@@ -88,11 +109,14 @@ def main(
 ):
     "Write README.md from the index notebook, and the site into `_docs`"
     cfg = get_config()
-    cache,md = proc_nbs(n_workers=0, force=True),cfg.config_path/'_md'
+    cache,root = proc_nbs(n_workers=0, force=True),cfg.config_path
+    md = root/'_md'
     shutil.rmtree(md, ignore_errors=True)
     for f in sorted(cache.rglob('*.ipynb')): to_md(f, md/nbpath2html(f.relative_to(cache)).with_suffix('.md'))
-    readme(md, cfg.config_path)
+    readme(md, root)
     if readme_only: return
-    for f in md.rglob('*.md'): f.write_text(CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(f.read_text())))
+    for f in md.rglob('*.md'): f.write_text(CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(from_root(f.read_text(), root))))
+    (md/'extra.css').write_text('.md-grid { max-width: 76rem }\n')
+    repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md'])
     mkdocs = Path(sys.executable).with_name('mkdocs')
-    subprocess.run([str(mkdocs), 'build', '-q', '--strict'], check=True, cwd=cfg.config_path, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+    subprocess.run([str(mkdocs), 'build', '-q', '--strict'], check=True, cwd=root, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
