@@ -362,21 +362,21 @@ def watch(self:Run,
     past = [r['heldout_kl'] for r in tr.recorder.rows if 'heldout_kl' in r]
     if v.early_stopping and len(past)-1-past.index(min(past))>=v.early_stopping.patience: tr.stop = True
 
-# %% ../nbs/06_recipes.ipynb #e16af2cb
+# %% ../nbs/06_recipes.ipynb #22713c69
 @patch
 def train(self:Run)->dict: # Name to trained model: 'student', and 'control' where asked for
     "Train the student and its control"
     t,res = self.config.training,{}
     for name,steps,targets,calls in (('student', t.schedule.max_steps, 'teacher', [self.watch]), ('control', t.control_steps, 'text', [])):
         if not steps: continue
-        start = time.perf_counter()
+        start,judging = time.perf_counter(),self.cost().get('evaluation', 0)
         tr = self.trainer(freeze_below(self.load_student(self.start()), self.config.student.freeze_below), name, steps, targets, calls)
         if name=='student': check_pair(self.load_teacher().model, tr.distiller.student, self.teacher.tokenizer, self.cache.tokenizer)
         print(f'{name}: {steps} steps')
         rec = tr.fit()
         save_json(dict(rows=rec.rows), self.out/f'history-{name}.json')
         res[name] = tr.distiller.student.eval()
-        self.spent(f'training {name}', start)
+        self.spent(f'training {name}', start + self.cost().get('evaluation', 0) - judging)
     return res
 
 # %% ../nbs/06_recipes.ipynb #de1d10b5
