@@ -244,7 +244,7 @@ class DistillTrainer:
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.skipped = Recorder(),sum(s.steps for s in stages),0
         self.stop = False # a callback may set it
-        if activation_checkpointing: distiller.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        if activation_checkpointing: distiller.student.activation_checkpointing_enable()
         named = [(n, p) for n,p in distiller.named_parameters() if p.requires_grad]
         groups = [dict(params=[p for _,p in named if p.ndim>1], weight_decay=weight_decay), dict(params=[p for _,p in named if p.ndim<2], weight_decay=0.)]
         self.names,self.opt = {n: p for n,p in named},torch.optim.AdamW([g for g in groups if g['params']], lr=0., betas=(.9, .95), fused=True)
