@@ -216,7 +216,7 @@ def plot_kl(self:Recorder,
     ax.legend()
     return ax
 
-# %% ../nbs/03_trainer.ipynb #19e3fc1f
+# %% ../nbs/03_trainer.ipynb #a8732372
 class DistillTrainer:
     "Train a `Distiller` in stages, record its KL, survive interruptions"
     def __init__(self,
