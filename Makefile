@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
-CHECKED = nbs tests tools/docs.py setup.py $(wildcard distill_nb/[a-z]*.py)
+CHECKED = nbs tests bench tools/docs.py setup.py $(wildcard distill_nb/[a-z]*.py)
 
 .PHONY: help setup demo test docs export clean
 help:

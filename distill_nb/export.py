@@ -188,11 +188,10 @@ def answer(path:str|Path, # An export, or any other Hugging Face folder
     max_new_tokens:int=64, # Longest answer
 )->list[str]: # One answer for each prompt, without special tokens
     "Greedy answers of an exported model"
-    tok,gpu = AutoTokenizer.from_pretrained(path),torch.cuda.is_available()
-    model,res = AutoModelForCausalLM.from_pretrained(path, dtype='auto' if gpu else torch.float32).to('cuda' if gpu else 'cpu'),[]
-    for p in prompts:
-        how = dict(return_tensors='pt', return_dict=True)
-        x = tok.apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, **how) if tok.chat_template else tok(p, return_tensors='pt')
-        out = model.generate(**x.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
-        res.append(tok.decode(out[0, x['input_ids'].shape[1]:], skip_special_tokens=True))
-    return res
+    tok,gpu = AutoTokenizer.from_pretrained(path, padding_side='left'),torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype='auto' if gpu else torch.float32).to('cuda' if gpu else 'cpu')
+    tok.pad_token,chat = tok.pad_token or tok.eos_token,tok.chat_template is not None
+    say = lambda p: tok.apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, tokenize=False) if chat else p
+    x = tok([say(p) for p in prompts], padding=True, add_special_tokens=not chat, return_tensors='pt').to(model.device)
+    out = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
+    return tok.batch_decode(out[:,x['input_ids'].shape[1]:], skip_special_tokens=True)

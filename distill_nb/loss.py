@@ -14,29 +14,30 @@ from functools import reduce
 from typing import NamedTuple
 from fastcore.basics import patch
 
-# %% ../nbs/02_loss.ipynb #af5c3f31
+# %% ../nbs/02_loss.ipynb #732a5e07
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+def _log_p(z, T): return F.log_softmax(_wide(z)/(T[...,None] if isinstance(T, Tensor) else T), -1)
 
 def forward_kl(
     student_logits:Tensor, # (..., V), raw
     teacher_logits:Tensor, # (..., V), raw
-    temperature:float=1., # T: divides both
+    temperature:float|Tensor=1., # T: divides both; a number, or one per token (...)
 )->Tensor: # (...), nats per token, without T^2
     "KL(teacher || student) of each token"
-    log_p,log_t = (F.log_softmax(_wide(z)/temperature, -1) for z in (student_logits,teacher_logits))
+    log_p,log_t = (_log_p(z, temperature) for z in (student_logits,teacher_logits))
     t = log_t.exp()
     return (t*(log_t - log_p)).masked_fill(t==0, 0.).sum(-1)
 
-# %% ../nbs/02_loss.ipynb #5ae93c37
+# %% ../nbs/02_loss.ipynb #c7d95531
 def reverse_kl(
     student_logits:Tensor, # (..., V), raw
     teacher_logits:Tensor, # (..., V), raw
-    temperature:float=1., # T: divides both
+    temperature:float|Tensor=1., # T: divides both; a number, or one per token (...)
 )->Tensor: # (...), nats per token, without T^2
     "KL(student || teacher) of each token"
     return forward_kl(teacher_logits, student_logits, temperature)
 
-# %% ../nbs/02_loss.ipynb #bcdbde35
+# %% ../nbs/02_loss.ipynb #532b9e1c
 def hidden_loss(
     student_hidden:Tensor, # (..., d)
     teacher_hidden:Tensor, # (..., d), projected to the student's width
@@ -45,7 +46,7 @@ def hidden_loss(
     hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden))
     return (hs - ht).pow(2).mean(-1)
 
-# %% ../nbs/02_loss.ipynb #610a5386
+# %% ../nbs/02_loss.ipynb #8d8f4701
 _divergences = dict(forward_kl=forward_kl, reverse_kl=reverse_kl)
 
 class DistillationLoss(nn.Module):
@@ -53,15 +54,16 @@ class DistillationLoss(nn.Module):
     def __init__(self,
         temperature:float=2., # T of the divergence
         alpha:float=.7, # share of the logits against the features
-        divergence:str="forward_kl", # or "reverse_kl"
+        divergence="forward_kl", # or "reverse_kl", or a function of (student_logits, teacher_logits, T) as in `distill_nb.divergences`
         ce:float=0., # weight of cross-entropy with the labels
     ):
         "Keep the settings"
         super().__init__()
-        if divergence not in _divergences: raise ValueError(f"divergence {divergence!r}: choose from {', '.join(_divergences)}")
+        if not callable(divergence) and divergence not in _divergences:
+            raise ValueError(f"divergence {divergence!r}: choose from {', '.join(_divergences)}, or pass a function, such as distill_nb.divergences.jsd")
         self.temperature,self.alpha,self.divergence,self.ce = temperature,alpha,divergence,ce
 
-# %% ../nbs/02_loss.ipynb #979b52b7
+# %% ../nbs/02_loss.ipynb #6bf02b12
 @patch
 def forward(self:DistillationLoss,
     student_logits:Tensor, # (..., V_S), raw
@@ -77,24 +79,25 @@ def forward(self:DistillationLoss,
     if labels is not None: m = m & (labels!=-100)
     n,mean = min(student_logits.shape[-1], teacher_logits.shape[-1]), lambda x: x.sum()/m.sum().clamp(min=1)
     z,zt = student_logits[m][:,:n], teacher_logits[m][:,:n].detach()
-    loss = self.temperature**2*mean(_divergences[self.divergence](z, zt, self.temperature))
+    f = self.divergence if callable(self.divergence) else _divergences[self.divergence]
+    loss = self.temperature**2*mean(f(z, zt, self.temperature))
     if student_hidden is not None: loss = self._mix(loss, mean(hidden_loss(student_hidden[m], teacher_hidden[m])))
     return loss + self.ce*mean(F.cross_entropy(_wide(z), labels[m], reduction='none')) if self.ce else loss
 
-# %% ../nbs/02_loss.ipynb #6c55060b
+# %% ../nbs/02_loss.ipynb #ced0123f
 @patch
 def _mix(self:DistillationLoss, logit, feature):
     w = (logit/feature.clamp(min=1e-12)).detach()
     return self.alpha*logit + (1-self.alpha)*w*feature
 
-# %% ../nbs/02_loss.ipynb #2c39fc14
+# %% ../nbs/02_loss.ipynb #1b4fc3b9
 def _project(h, w, b, low, out):
     "`h @ w.T + b` into `out`; by way of `low` where the product is made in fewer bits"
     if low is None: torch.mm(h, w.T, out=out)
     else: out.copy_(torch.mm(h, w.T, out=low))
     return out if b is None else out.add_(b)
 
-# %% ../nbs/02_loss.ipynb #9cda3513
+# %% ../nbs/02_loss.ipynb #843a198c
 def _kl_(z, zt, t, T):
     "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities"
     agree = z.argmax(-1)==zt.argmax(-1)
@@ -102,21 +105,21 @@ def _kl_(z, zt, t, T):
     torch.exp(zt, out=t)
     return zt.sub_(z).mul_(t).sum(-1), agree
 
-# %% ../nbs/02_loss.ipynb #6b29572f
+# %% ../nbs/02_loss.ipynb #e0d15830
 def _ce_(log_p, q, labels, T):
     "Per-token cross-entropy at T=1; leaves `q` the student's log-probabilities at T=1"
     torch.log_softmax(torch.mul(log_p, T, out=q), -1, out=q)
     return -q.gather(-1, labels[:,None])[:,0]
 
-# %% ../nbs/02_loss.ipynb #e6e71535
-def _grad_(log_p, t, q, labels, T, kl, ce):
-    "Overwrite `log_p` with the gradient of `kl`*T^2*KL + `ce`*CE with respect to the logits"
-    dz = log_p.exp_().sub_(t).mul_(kl*T)
+# %% ../nbs/02_loss.ipynb #6349c8e0
+def _grad_(d, q, labels, T, kl, ce):
+    "Overwrite `d`, which is p - t, with the gradient of `kl`*T^2*KL + `ce`*CE with respect to the logits"
+    dz = d.mul_(kl*T)
     if not ce: return dz
     dz.add_(q.exp_(), alpha=ce)
     return dz.scatter_add_(-1, labels[:,None], dz.new_full((len(dz),1), -ce))
 
-# %% ../nbs/02_loss.ipynb #d8d907b3
+# %% ../nbs/02_loss.ipynb #f35332c5
 def _add_grads(dz, low, x, w, dh, dW, db):
     "Write or add a chunk's part of each gradient that is wanted"
     n = len(w)
@@ -127,29 +130,72 @@ def _add_grads(dz, low, x, w, dh, dW, db):
     if low is None: dW[:n].addmm_(dz.T, x)
     else: dW[:n] += dz.T@x
 
-# %% ../nbs/02_loss.ipynb #4cad64e0
+# %% ../nbs/02_loss.ipynb #47467fcd
+class _Dense(NamedTuple):
+    "A target with a logit for every id"
+    rows:int # N
+    vocab:int # V
+    fill:object # fill(r, zt, low) writes the teacher's logits of rows `r` into `zt`
+    buffers = 2
+
+    def kl_(self,
+        z:Tensor, # (C, V), the student's logits; left as log p
+        r:slice, # which rows of the target
+        T:float, # temperature
+        low:Tensor, # (C, V) or None, for products in fewer bits
+        zt:Tensor, # (C, V), scratch
+        t:Tensor, # (C, V), left as the teacher's probabilities
+    )->tuple: # KL (C,) in nats, top-1 agreement (C,), and what `diff_` will need
+        "Divergence of a chunk, in place"
+        return *_kl_(z, self.fill(r, zt, low), t, T), t
+
+    def diff_(self,
+        log_p:Tensor, # (C, V), as `kl_` left it; overwritten
+        r:slice, # which rows of the target
+        state:Tensor, # third result of `kl_`
+    )->Tensor: # (C, V), p - t, in the same storage
+        "Gradient of a chunk, times T, in place"
+        return log_p.exp_().sub_(state)
+
+# %% ../nbs/02_loss.ipynb #64e3bf6d
+def _from_head(hT, head, dtype):
+    "A target from hidden states and a head"
+    b = head.bias
+    hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
+    def _fill(r, out, low):
+        n = out.shape[-1]
+        return _project(hT[r], w[:n], b if b is None else b[:n], low, out)
+    return _Dense(len(hT), len(w), _fill)
+
+# %% ../nbs/02_loss.ipynb #62b1edc9
+def _from_logits(zt):
+    "A target from stored logits"
+    zt = zt.detach()
+    return _Dense(*zt.shape, lambda r, out, low: out.copy_(zt[r,:out.shape[-1]]))
+
+# %% ../nbs/02_loss.ipynb #811b30af
 class _LinearDivergence(torch.autograd.Function):
-    "Chunked divergence of two heads, its gradient made in the forward pass"
+    "Chunked divergence of a head from a target, its gradient made in the forward pass"
     @staticmethod
     def forward(ctx, h, W, b, # the student's (N, d_S) hidden states, its head's weight and bias
-        hT, WT, bT, labels, # the teacher's, and the (N,) ids predicted
+        target, labels, # the teacher's side, and the (N,) ids predicted
         T, kl, ce, # temperature, weights of T^2 KL and cross-entropy
         chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
         "The loss as a sum, per-token statistics, and the gradient kept for later"
-        N,n,acc = len(h), min(len(W), len(WT)), torch.promote_types(dtype, torch.float32)
-        x,w,xt,wt = (o.to(dtype) for o in (h,W[:n],hT,WT[:n]))
-        b_,bt = (o if o is None else o[:n] for o in (b,bT))
+        N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
+        x,w,b_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n]
         dh,dW,db = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b), ctx.needs_input_grad)]
-        bufs = [h.new_empty(min(chunk, N), n, dtype=o) for o in (acc,acc,acc,dtype)[:3 + (acc!=dtype)]]
+        types = [acc]*(1 + max(target.buffers, labels is not None)) + [dtype]*(acc!=dtype)
+        bufs = [h.new_empty(min(chunk, N), n, dtype=o) for o in types]
         kls,nll,agree = h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for i in range(0, N, chunk):
             r = slice(i, min(i+chunk, N))
-            z,zt,t,low = [o[:r.stop-i] for o in bufs] + [None]*(acc==dtype)
-            kls[r],agree[r] = _kl_(_project(x[r], w, b_, low, z), _project(xt[r], wt, bt, low, zt), t, T)
-            if labels is not None: nll[r] = _ce_(z, zt, labels[r], T)
+            z,*more,low = [o[:r.stop-i] for o in bufs] + [None]*(acc==dtype)
+            kls[r],agree[r],state = target.kl_(_project(x[r], w, b_, low, z), r, T, low, *more[:target.buffers])
+            if labels is not None: nll[r] = _ce_(z, more[0], labels[r], T)
             if not any(o is not None for o in grads): continue
-            _grad_(z, t, zt, None if labels is None else labels[r], T, kl, ce)
-            _add_grads(z, low, x[r], w, None if dh is None else dh[r], dW, db)
+            dz = _grad_(target.diff_(z, r, state), *((more[0],labels[r]) if ce else (None,None)), T, kl, ce)
+            _add_grads(dz, low, x[r], w, None if dh is None else dh[r], dW, db)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(kls, agree, nll)
         return kl*T**2*kls.sum() + ce*nll.sum(), kls, agree, nll
@@ -158,9 +204,9 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, g, *_): # g: gradient of the scalar loss
         "What was kept, times the incoming gradient"
         if torch.is_grad_enabled(): raise RuntimeError("linear_divergence has no second derivative: use DistillationLoss for create_graph=True")
-        return *(None if o is None else o*g for o in ctx.saved_tensors), *[None]*10
+        return *(None if o is None else o*g for o in ctx.saved_tensors), *[None]*8
 
-# %% ../nbs/02_loss.ipynb #75145dbc
+# %% ../nbs/02_loss.ipynb #d4d6d88e
 class LinearDivergence(NamedTuple):
     "What `linear_divergence` returns: a loss, and what it says of each token"
     loss:Tensor # scalar, sum over tokens of kl*T^2*KL + ce*CE
@@ -168,23 +214,25 @@ class LinearDivergence(NamedTuple):
     agree:Tensor # (N,), whether both prefer the same token
     ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats
 
-# %% ../nbs/02_loss.ipynb #2b7e95df
+# %% ../nbs/02_loss.ipynb #85046197
 def linear_divergence(
     student_hidden:Tensor, # (N, d_S), target positions only
     student_head, # has .weight (V_S, d_S) and .bias (V_S,) or None
-    target:tuple, # (teacher_hidden (N, d_T), teacher_head), constants
+    target, # constants: (teacher_hidden (N, d_T), teacher_head), logits (N, V_T), or a `TopK` of `distill_nb.divergences`
     temperature:float=1., # T of the divergence
     labels:Tensor=None, # (N,), the ids predicted
     kl:float=1., # weight of T^2 KL
     ce:float=0., # weight of cross-entropy
     chunk:int=256, # C: rows whose logits exist at one time
 )->LinearDivergence: # loss is a sum over the N tokens
-    "Forward KL between two heads, plus cross-entropy, without holding the logits"
-    (hT,headT),h,W = target,student_hidden,student_head.weight
-    if len(hT)!=len(h): raise ValueError(f"{len(h)} student rows, {len(hT)} teacher rows: pass the same target positions of both")
-    if ce and labels is None: raise ValueError("ce is not 0: pass labels too")
-    dev,dtype = h.device.type, reduce(torch.promote_types, (o.dtype for o in (h,W,hT,headT.weight)))
+    "Forward KL from a target to a head, plus cross-entropy, without holding the student's logits"
+    h,W,pair = student_hidden, student_head.weight, type(target) is tuple
+    dev,dtype = h.device.type, reduce(torch.promote_types, (o.dtype for o in (h,W) + ((target[0],target[1].weight) if pair else ())))
     if torch.is_autocast_enabled(dev): dtype = torch.get_autocast_dtype(dev)
-    args = h, W, student_head.bias, hT.detach(), headT.weight.detach(), headT.bias, labels, temperature, kl, ce, chunk, dtype
+    if pair: target = _from_head(*target, dtype)
+    elif isinstance(target, Tensor): target = _from_logits(target)
+    if target.rows!=len(h): raise ValueError(f"{len(h)} student rows, {target.rows} teacher rows: pass the same target positions of both")
+    if ce and labels is None: raise ValueError("ce is not 0: pass labels too")
+    args = h, W, student_head.bias, target, labels, temperature, kl, ce, chunk, dtype
     with torch.autocast(dev, enabled=False): loss,kls,agree,nll = _LinearDivergence.apply(*args, torch.is_grad_enabled())
     return LinearDivergence(loss, kls, agree, None if labels is None else nll)

@@ -6,14 +6,16 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'evenly', 'prune_student', 'check_tokenizers', 'check_pair', 'freeze_below']
+           'evenly', 'prune_student', 'check_tokenizers', 'check_pair', 'freeze_below', 'Unfreeze', 'add_lora',
+           'merge_lora']
 
-# %% ../nbs/01a_student.ipynb #37e2ccfa
+# %% ../nbs/01a_student.ipynb #29a49662
 import copy, warnings
 from math import inf
 
 import torch
 from fastcore.basics import patch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -240,7 +242,7 @@ def check_pair(teacher:PreTrainedModel, # The teacher's model
     warnings.warn(f'heads of {nt} and {ns} rows for one tokenizer: comparing the first {n} ids, the rest is padding', stacklevel=2)
     return n
 
-# %% ../nbs/01a_student.ipynb #e76c0237
+# %% ../nbs/01a_student.ipynb #4cf78777
 def freeze_below(student:PreTrainedModel, # Changed in place
     n_layers:int, # So many of the lowest blocks stay as they are; 0 freezes nothing
 )->PreTrainedModel: # The same model
@@ -250,3 +252,49 @@ def freeze_below(student:PreTrainedModel, # Changed in place
     if not 0<n_layers<len(blocks): raise ValueError(f'n_layers is {n_layers}: the student has {len(blocks)} blocks, leave at least one to train')
     for m in (student.get_input_embeddings(), *blocks[:n_layers]): m.requires_grad_(False)
     return student
+
+# %% ../nbs/01a_student.ipynb #cb9bf73b
+class Unfreeze:
+    "Blocks that train from which fraction of a run, from the top down"
+    def __init__(self,
+        plan:list, # Pairs (fraction of the run, top blocks that train from there, or 'all'), rising, the first at 0
+    ):
+        "Check the plan"
+        self.plan = [tuple(o) for o in plan]
+        at = [f for f,_ in self.plan]
+        if not at or at[0]!=0 or at!=sorted(at) or at[-1]>=1: raise ValueError(f'unfreezing at fractions {at}: give rising fractions from 0 to below 1, the first 0')
+        for _,n in self.plan:
+            if n!='all' and not (isinstance(n, int) and n>0): raise ValueError(f"{n!r} top blocks to train: use a whole number from 1, or 'all'")
+
+# %% ../nbs/01a_student.ipynb #aab19cca
+@patch
+def names(self:Unfreeze,
+    student:PreTrainedModel, # A causal language model
+    fraction:float, # Of the run, from 0 to below 1
+)->set[str]: # Names as in `student.named_parameters()`
+    "Parameters that train at a fraction of the run"
+    n = [n for f,n in self.plan if f<=fraction][-1]
+    name,blocks = decoder_layers(student)
+    if n=='all': return {k for k,_ in student.named_parameters()}
+    frozen = {id(p) for m in (student.get_input_embeddings(), *blocks[:max(0, len(blocks)-n)]) for p in m.parameters()}
+    return {k for k,p in student.named_parameters() if id(p) not in frozen}
+
+# %% ../nbs/01a_student.ipynb #ef7a89af
+def add_lora(student:PreTrainedModel, # Its own weights are frozen
+    r:int=16, # Rank
+    alpha:float=32., # The correction is scaled by alpha/r
+    from_block:int=0, # Blocks below get no adapters
+)->PeftModel: # Only the adapters train
+    "Low-rank adapters on every linear layer of the student's blocks"
+    name,blocks = decoder_layers(student)
+    if not 0<=from_block<len(blocks): raise ValueError(f'from_block is {from_block}: the student has {len(blocks)} blocks, leave at least one to train')
+    linear = [f'{name}.{i}.{k}' for i,b in enumerate(blocks) if i>=from_block for k,m in b.named_modules() if isinstance(m, nn.Linear)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning) # peft asks transformers by a name that is being retired
+        return get_peft_model(student, LoraConfig(r=r, lora_alpha=alpha, target_modules=linear, task_type='CAUSAL_LM'))
+
+# %% ../nbs/01a_student.ipynb #cbba73a5
+def merge_lora(student:PreTrainedModel|PeftModel, # Changed in place
+)->PreTrainedModel: # Without adapters; all its weights train again
+    "Add the adapters to the weights they stand beside"
+    return student.merge_and_unload().requires_grad_(True) if isinstance(student, PeftModel) else student

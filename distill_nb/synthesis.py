@@ -6,10 +6,10 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
-           'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'Head', 'head_of', 'eager_attention',
+           'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'Draw', 'Head', 'head_of', 'eager_attention',
            'weights_sha256', 'tokenizer_sha256']
 
-# %% ../nbs/00_synthesis.ipynb #33c0fccc
+# %% ../nbs/00_synthesis.ipynb #1860475f
 import contextlib, hashlib, json, os, random, shutil, subprocess, sys, tempfile, time, zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,8 @@ from filelock import FileLock
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 # %% ../nbs/00_synthesis.ipynb #864217f8
 def cache_home()->Path: # `$DISTILL_NB_HOME`, else `$XDG_CACHE_HOME/distill_nb`, else `~/.cache/distill_nb`
@@ -188,7 +189,25 @@ def seeded(*key): # Anything with a stable `repr`
         try: yield
         finally: random.setstate(state)
 
-# %% ../nbs/00_synthesis.ipynb #15a54b7e
+# %% ../nbs/00_synthesis.ipynb #7e4eceff
+def draw(logits:Tensor, # `(B,V)`
+)->Tensor: # `(B,1)` ids
+    "One draw from softmax(logits) for each row, at one random number a row"
+    ends = logits.double().softmax(-1).cumsum_(-1) # (B,V), where each stretch ends
+    dart = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device)*ends[:,-1:]
+    return torch.searchsorted(ends, dart, right=True).clamp_max(ends.shape[-1]-1)
+
+# %% ../nbs/00_synthesis.ipynb #85c312bc
+class Draw(LogitsProcessor):
+    "Turns greedy search into sampling"
+    def __call__(self,
+        input_ids:Tensor, # `(B,L)`, not used
+        scores:Tensor, # `(B,V)` logits
+    )->Tensor: # `(B,V)`, minus infinity but for the drawn token
+        "Leave one token standing"
+        return torch.full_like(scores, -torch.inf).scatter_(1, draw(scores), 0.)
+
+# %% ../nbs/00_synthesis.ipynb #e536f67f
 @patch
 @torch.no_grad()
 def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
@@ -196,15 +215,16 @@ def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
     tok,gc = self.tokenizer,self.model.generation_config
     eos = gc.eos_token_id if gc.eos_token_id is not None else tok.eos_token_id
     x,mask = (o.to(self.model.device) for o in pad(ids, value=tok.pad_token_id or 0, left=True))
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature>0 else dict(do_sample=False)
+    nucleus = [TopPLogitsWarper(top_p)] if top_p<1 else []
+    pick = [TemperatureLogitsWarper(float(temperature)), *nucleus, Draw()] if temperature>0 else []
     with head_input(self.model) as hs:
         out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos,
-            pad_token_id=tok.pad_token_id or 0, **how)
+            pad_token_id=tok.pad_token_id or 0, do_sample=False, logits_processor=LogitsProcessorList(pick))
     h = torch.cat([o[:,-1:].cpu() for o in hs], 1) # (B,steps,d)
     rs = [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
     return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
 
-# %% ../nbs/00_synthesis.ipynb #64f342fe
+# %% ../nbs/00_synthesis.ipynb #4f4ae3b0
 @patch
 def generate(self:TeacherSynthesizer,
     prompts:list, # Strings, lists of messages, or lists of token ids
@@ -224,7 +244,7 @@ def generate(self:TeacherSynthesizer,
         for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
     return res
 
-# %% ../nbs/00_synthesis.ipynb #b37fd25a
+# %% ../nbs/00_synthesis.ipynb #27279710
 class Head(NamedTuple):
     "An output head: logits are `h @ weight.T + bias`"
     weight:Tensor # `(V,d)`
@@ -236,7 +256,7 @@ class Head(NamedTuple):
         "Logits of hidden states `h`, computed in fp32 whatever the inputs are"
         return nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
-# %% ../nbs/00_synthesis.ipynb #f0a6191f
+# %% ../nbs/00_synthesis.ipynb #8cd532b0
 def head_of(model:PreTrainedModel, # A causal language model
 )->Head: # Shares storage with the model
     "The output head of `model`, detached"
@@ -244,7 +264,7 @@ def head_of(model:PreTrainedModel, # A causal language model
     bias = getattr(m, 'bias', None)
     return Head(m.weight.detach(), None if bias is None else bias.detach())
 
-# %% ../nbs/00_synthesis.ipynb #cb633710
+# %% ../nbs/00_synthesis.ipynb #c08eecc2
 @contextlib.contextmanager
 def eager_attention(model:PreTrainedModel): # Its attention implementation is put back afterwards
     "Attention maps are formed inside"
@@ -253,7 +273,7 @@ def eager_attention(model:PreTrainedModel): # Its attention implementation is pu
     try: yield
     finally: model.set_attn_implementation(old)
 
-# %% ../nbs/00_synthesis.ipynb #80e2ed31
+# %% ../nbs/00_synthesis.ipynb #e890e0ff
 @patch
 @torch.no_grad()
 def score(self:TeacherSynthesizer,
@@ -274,7 +294,7 @@ def score(self:TeacherSynthesizer,
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
 
-# %% ../nbs/00_synthesis.ipynb #6149547b
+# %% ../nbs/00_synthesis.ipynb #46b52ab9
 @patch
 def synthesize(self:TeacherSynthesizer,
     prompts:list, # Strings or lists of messages
@@ -291,10 +311,10 @@ def synthesize(self:TeacherSynthesizer,
     return dict(input_ids=x, attention_mask=mask, generated_ids=pad([e['input_ids'][e['prompt_len']:] for e in exs], fill)[0],
         logits=s['logits'], hidden_states=tuple(s['hidden_states'].values()), attentions=s['attentions'])
 
-# %% ../nbs/00_synthesis.ipynb #abbb927b
+# %% ../nbs/00_synthesis.ipynb #808b0db3
 def _digest(*parts): return hashlib.sha256(b'\0'.join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #fa8e86d7
+# %% ../nbs/00_synthesis.ipynb #2e5f74d2
 def weights_sha256(model:nn.Module, # Any module
 )->str: # SHA-256 over names, types, shapes and bytes of all parameters and buffers
     "Hash of a model's weights"
@@ -304,12 +324,12 @@ def weights_sha256(model:nn.Module, # Any module
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #64ab677a
+# %% ../nbs/00_synthesis.ipynb #696e08a5
 def tokenizer_sha256(tok)->str: # A fast tokenizer; SHA-256 of its rules, special tokens and chat template
     "Hash of a tokenizer"
     return _digest(tok.backend_tokenizer.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
 
-# %% ../nbs/00_synthesis.ipynb #8d2455ca
+# %% ../nbs/00_synthesis.ipynb #e3109bbb
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"

@@ -12,7 +12,7 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'cache', 'projection', 'student', 'loss', 'trainer', 'eval', 'export', 'recipes']
+ORDER = ['synthesis', 'codecs', 'cache', 'projection', 'student', 'loss', 'divergences', 'trainer', 'eval', 'export', 'recipes']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 
@@ -22,7 +22,7 @@ def hashes(root, *patterns): return {str(p.relative_to(root)): hashlib.sha256(p.
 def copy(tmp_path_factory):
     "The tracked tree, somewhere else, so that a test never changes it"
     d = tmp_path_factory.mktemp('tree')/'distill_nb'
-    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', '*.egg-info', '__pycache__'))
+    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', '*.egg-info', '__pycache__'))
     return d
 
 def tool(d, *args): return subprocess.run([str(Path(sys.executable).with_name(args[0])), *args[1:]], cwd=d, check=True, capture_output=True, text=True)

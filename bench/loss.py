@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Time and peak memory of distillation losses, forward plus backward, each run in a fresh process.
+
+usage: loss.py [--tokens 2048] [--hidden 576] [--vocab 49152] [--k 50] [--pairs 3] [--threads 1 2] [--no-write]
+
+Prints a Markdown table with ratios to plain cross-entropy, and writes it as the section "Loss" of RESULTS.md beside this file.
+Memory is the peak of resident memory during the call (VmHWM) less what was resident before it, with all inputs in place. Linux only.
+"""
+import argparse, json, os, platform, re, subprocess, sys, time
+from pathlib import Path
+from statistics import median
+
+import torch, torch.nn.functional as F
+from torch import nn
+
+from distill_nb.divergences import top_k
+from distill_nb.loss import linear_divergence
+
+RESULTS = Path(__file__).with_name('RESULTS.md')
+T = 2.
+
+def status(key):
+    "A line of /proc/self/status, in MiB"
+    return int(re.search(rf'^{key}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M)[1])/1024
+
+def inputs(a):
+    "Student states and head, teacher states and head, labels; the same for every contender"
+    g = torch.Generator().manual_seed(0)
+    h,hT = (torch.randn(a.tokens, a.hidden, generator=g) for _ in range(2))
+    heads = [nn.Linear(a.hidden, a.vocab, bias=False) for _ in range(2)]
+    with torch.no_grad():
+        for o in heads: o.weight.normal_(0., 3/a.hidden**.5, generator=g)
+    return h.requires_grad_(), heads[0], hT, heads[1].requires_grad_(False), torch.randint(a.vocab, (a.tokens,), generator=g)
+
+@torch.no_grad()
+def sparse(hT, head, k):
+    "Top-k targets, made a few rows at a time"
+    parts = [top_k(head(o), k, T) for o in hT.split(128)]
+    return type(parts[0])(*map(torch.cat, zip(*parts)))
+
+def plain_ce(h, S, hT, Te, y, a): return lambda: F.cross_entropy(S(h), y, reduction='sum')
+
+def textbook_kl(h, S, hT, Te, y, a):
+    zt = Te(hT)
+    def f():
+        log_p,t = F.log_softmax(S(h)/T, -1),F.softmax(zt/T, -1)
+        return T**2*F.kl_div(log_p, t, reduction='sum')
+    return f
+
+def ours_head(h, S, hT, Te, y, a): return lambda: linear_divergence(h, S, (hT,Te), T).loss
+
+def ours_dense(h, S, hT, Te, y, a):
+    zt = Te(hT)
+    return lambda: linear_divergence(h, S, zt, T).loss
+
+def ours_top_k(h, S, hT, Te, y, a):
+    kept = sparse(hT, Te, a.k)
+    return lambda: linear_divergence(h, S, kept, T).loss
+
+def ours_top_k_ce(h, S, hT, Te, y, a):
+    kept = sparse(hT, Te, a.k)
+    return lambda: linear_divergence(h, S, kept, T, y, kl=.9, ce=.1).loss
+
+CONTENDERS = {'plain cross-entropy': plain_ce, 'kl_div on full logits, stored targets': textbook_kl, "ours, teacher's hidden states and head": ours_head,
+    'ours, stored dense logits': ours_dense, 'ours, top-k with bucket': ours_top_k, 'ours, top-k with bucket and cross-entropy': ours_top_k_ce}
+
+def one(a):
+    "One measured call in this process, after a small one that loads what torch loads late"
+    torch.set_num_threads(a.threads[0])
+    small = argparse.Namespace(**vars(a)|dict(tokens=4, hidden=8, vocab=a.k+8))
+    CONTENDERS[a.one](*inputs(small), small)().backward()
+    f = CONTENDERS[a.one](*inputs(a), a)
+    Path('/proc/self/clear_refs').write_text('5')
+    before,start = status('VmRSS'),time.perf_counter()
+    f().backward()
+    print(json.dumps(dict(s=time.perf_counter()-start, mib=status('VmHWM')-before)))
+
+def spawn(a, name, threads):
+    size = [o for k in ('tokens', 'hidden', 'vocab', 'k') for o in (f'--{k}', str(getattr(a, k)))]
+    out = subprocess.run([sys.executable, __file__, *size, '--threads', str(threads), '--one', name], capture_output=True, text=True, check=True,
+        env=os.environ|dict(OMP_NUM_THREADS=str(threads)))
+    return json.loads(out.stdout.splitlines()[-1])
+
+def measure(a, threads):
+    "Medians of interleaved runs: `{contender: (seconds, MiB)}`"
+    runs = {k: [] for k in CONTENDERS}
+    for _ in range(a.pairs):
+        for k in runs: runs[k].append(spawn(a, k, threads))
+    return {k: tuple(median(r[o] for r in v) for o in ('s','mib')) for k,v in runs.items()}
+
+def table(res, threads):
+    (s0,m0),lines = res['plain cross-entropy'],[f'| {threads} thread{"s"*(threads>1)} | s | MiB | time ratio | memory ratio |', '|---|---|---|---|---|']
+    return '\n'.join(lines + [f'| {k} | {s:.2f} | {m:.0f} | {s/s0:.2f} | {m/m0:.2f} |' for k,(s,m) in res.items()])
+
+def machine():
+    cpu = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+    return f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} logical cores, {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}"
+
+def section(a, tables):
+    what = f'Forward plus backward, {a.tokens:,} tokens, hidden {a.hidden:,}, vocabulary {a.vocab:,}, k = {a.k}, T = {T:g}, fp32.'
+    how = f'Medians of {a.pairs} interleaved runs, each in a fresh process. Memory: peak during the call over resident before it, inputs in place (stored targets are inputs).'
+    return '\n\n'.join(['## Loss', what + ' ' + how, f'Machine: {machine()}.', *tables])
+
+def write(text):
+    "Put the section in place of the old one, or at the end"
+    old = RESULTS.read_text(encoding='utf-8') if RESULTS.exists() else '# Results\n'
+    parts = [o for o in re.split(r'(?m)^(?=## )', old) if not o.startswith('## Loss\n')]
+    RESULTS.write_text('\n\n'.join(o.strip() for o in parts + [text]) + '\n', encoding='utf-8')
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for k,v in dict(tokens=2048, hidden=576, vocab=49152, k=50, pairs=3).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
+    p.add_argument('--no-write', action='store_true', help='print only')
+    p.add_argument('--one', choices=CONTENDERS, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one: return one(a)
+    text = section(a, [table(measure(a, n), n) for n in a.threads])
+    print(text)
+    if not a.no_write: write(text)
+
+if __name__=='__main__': main()
