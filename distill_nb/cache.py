@@ -204,11 +204,13 @@ def _done(p):
     except CacheError: return False
 
 # %% ../nbs/00b_cache.ipynb #d8b87844
+def _codec_class(m): return CODECS[m['dtype'] if m['codec']=='hidden' else m['codec']]
+
 def codec_of(m:dict, # Manifest
     tensors:dict, # From `codec.safetensors`
 )->NamedTuple: # One of `CODECS`
     "The codec of a cache, with what it was fitted to"
-    cls = CODECS[m['dtype'] if m['codec']=='hidden' else m['codec']]
+    cls = _codec_class(m)
     return cls(*[tensors[k] for k in cls._fields])
 
 # %% ../nbs/00b_cache.ipynb #7ce4cc48
@@ -216,8 +218,7 @@ def _save_codec(teacher, ex, h, path, m):
     "Check the head, fit the codec on the first shard's `h`, store both"
     check_head(teacher, ex)
     head = head_of(teacher.model)
-    cls = CODECS[m['dtype'] if m['codec']=='hidden' else m['codec']]
-    t = head._asdict() | cls.fit(h, head, m.get('nats'))._asdict()
+    t = head._asdict() | _codec_class(m).fit(h, head, m.get('nats'))._asdict()
     save_tensors({k: v for k,v in t.items() if v is not None}, path/'codec.safetensors')
 
 # %% ../nbs/00b_cache.ipynb #889f26d9

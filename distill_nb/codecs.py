@@ -72,7 +72,8 @@ def fisher(h:Tensor, # `(N,d)` hidden states
 )->Tensor: # `(d,d)` fp32: mean over temperatures of T^2 F_T
     "What an error in `h` costs, to second order"
     w = head.weight.float() # (V,d)
-    mass,outer = torch.zeros_like(w[:,0]),torch.zeros_like(w[0]).outer(w[0])*0
+    V,d = w.shape
+    mass,outer = w.new_zeros(V),w.new_zeros(d, d)
     for c in h.to(w.device).split(128):
         z = head(c)
         for T in temperatures:
