@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'evenly', 'prune_student', 'check_tokenizers', 'check_pair', 'freeze_below', 'Unfreeze', 'add_lora',
-           'merge_lora']
+           'evenly', 'prune_student', 'check_tokenizers', 'doubts', 'check_pair', 'freeze_below', 'Unfreeze',
+           'add_lora', 'merge_lora']
 
 # %% ../nbs/01a_student.ipynb #29a49662
 import copy, warnings
@@ -224,7 +224,20 @@ def check_tokenizers(a:PreTrainedTokenizerBase, # The teacher's tokenizer
     for s in HARD:
         if (x := a(s).input_ids)!=(y := b(s).input_ids): raise ValueError(f'the tokenizers split {s!r} into {x} and {y}: {advice}')
 
-# %% ../nbs/01a_student.ipynb #d018b783
+# %% ../nbs/01a_student.ipynb #3ce18a60
+def doubts(teacher:PreTrainedModel, # The teacher's model
+    student:PreTrainedModel, # The student, about to be trained
+)->list[str]: # A sentence for each reason; empty where there is none
+    "Why a pair that can be trained may still disappoint"
+    n,N = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
+    c,C = (getattr(m.config.get_text_config(decoder=True), 'max_position_embeddings', None) for m in (student, teacher))
+    res = []
+    if n<.15*N: res.append(f'the student has {n/N:.0%} of the parameters of the teacher: below 15% a smaller teacher, or ce above 0, often serves it better')
+    if c and C and c<C: res.append(f"the student's context is {c} tokens, the teacher's {C}: longer examples are cut or fail")
+    if student.dtype in (torch.float16, torch.bfloat16): res.append(f'the student is in {student.dtype}, where small updates vanish: load it in float32 and use mixed precision')
+    return res
+
+# %% ../nbs/01a_student.ipynb #2d38c441
 def check_pair(teacher:PreTrainedModel, # The teacher's model
     student:PreTrainedModel, # The student
     teacher_tokenizer:PreTrainedTokenizerBase, # The teacher's tokenizer
@@ -235,6 +248,7 @@ def check_pair(teacher:PreTrainedModel, # The teacher's model
     if any(m.training for m in teacher.modules()): raise ValueError('the teacher is in train mode: call teacher.eval()')
     if storages(teacher) & storages(student): raise ValueError('the student shares memory with the teacher: copy it with drop_layers or deepcopy')
     check_tokenizers(teacher_tokenizer, student_tokenizer)
+    for o in doubts(teacher, student): warnings.warn(o, stacklevel=2)
     nt,ns = (m.get_output_embeddings().weight.shape[0] for m in (teacher, student))
     if nt==ns: return nt
     n = len(teacher_tokenizer)
@@ -242,7 +256,7 @@ def check_pair(teacher:PreTrainedModel, # The teacher's model
     warnings.warn(f'heads of {nt} and {ns} rows for one tokenizer: comparing the first {n} ids, the rest is padding', stacklevel=2)
     return n
 
-# %% ../nbs/01a_student.ipynb #4cf78777
+# %% ../nbs/01a_student.ipynb #9b29a0c6
 def freeze_below(student:PreTrainedModel, # Changed in place
     n_layers:int, # So many of the lowest blocks stay as they are; 0 freezes nothing
 )->PreTrainedModel: # The same model
@@ -253,7 +267,7 @@ def freeze_below(student:PreTrainedModel, # Changed in place
     for m in (student.get_input_embeddings(), *blocks[:n_layers]): m.requires_grad_(False)
     return student
 
-# %% ../nbs/01a_student.ipynb #cb9bf73b
+# %% ../nbs/01a_student.ipynb #cba8dcd5
 class Unfreeze:
     "Blocks that train from which fraction of a run, from the top down"
     def __init__(self,
@@ -266,7 +280,7 @@ class Unfreeze:
         for _,n in self.plan:
             if n!='all' and not (isinstance(n, int) and n>0): raise ValueError(f"{n!r} top blocks to train: use a whole number from 1, or 'all'")
 
-# %% ../nbs/01a_student.ipynb #aab19cca
+# %% ../nbs/01a_student.ipynb #3f2414df
 @patch
 def names(self:Unfreeze,
     student:PreTrainedModel, # A causal language model
@@ -279,7 +293,7 @@ def names(self:Unfreeze,
     frozen = {id(p) for m in (student.get_input_embeddings(), *blocks[:max(0, len(blocks)-n)]) for p in m.parameters()}
     return {k for k,p in student.named_parameters() if id(p) not in frozen}
 
-# %% ../nbs/01a_student.ipynb #ef7a89af
+# %% ../nbs/01a_student.ipynb #1824197d
 def add_lora(student:PreTrainedModel, # Its own weights are frozen
     r:int=16, # Rank
     alpha:float=32., # The correction is scaled by alpha/r
@@ -293,7 +307,7 @@ def add_lora(student:PreTrainedModel, # Its own weights are frozen
         warnings.simplefilter('ignore', FutureWarning) # peft asks transformers by a name that is being retired
         return get_peft_model(student, LoraConfig(r=r, lora_alpha=alpha, target_modules=linear, task_type='CAUSAL_LM'))
 
-# %% ../nbs/01a_student.ipynb #cbba73a5
+# %% ../nbs/01a_student.ipynb #682ccd0b
 def merge_lora(student:PreTrainedModel|PeftModel, # Changed in place
 )->PreTrainedModel: # Without adapters; all its weights train again
     "Add the adapters to the weights they stand beside"
