@@ -9,7 +9,7 @@ __all__ = ['train_distillation', 'tail_at', 'teacher_target', 'Distiller', 'Stag
            'spike_bound', 'find_spikes', 'token_mean', 'KLMonitor', 'Recorder', 'engine', 'Callback', 'adamw',
            'DistillTrainer', 'to_device', 'example_kls', 'Evaluate', 'held_out', 'EarlyStopping', 'KeepBest']
 
-# %% ../nbs/03_trainer.ipynb #c12bdab8
+# %% ../nbs/03_trainer.ipynb #76796690
 import contextlib, distill_nb.divergences as divergences, functools, itertools, json, math, os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from statistics import median
 import matplotlib.pyplot as plt, torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env
 from fastcore.basics import chunked, patch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -306,7 +306,7 @@ def plot_kl(self:Recorder,
     ax.legend()
     return ax
 
-# %% ../nbs/03_trainer.ipynb #8daf05ae
+# %% ../nbs/03_trainer.ipynb #d04de5c3
 def engine(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
     device:str=None, # 'cpu' to stay there; default: the GPU if there is one
@@ -314,12 +314,13 @@ def engine(
 )->Accelerator: # Ready to prepare a model
     "The accelerate engine, or an error where it would do less than was asked"
     AcceleratorState._reset_state() # one process may fit several times with different precision
-    here = PartialState(cpu=device=='cpu')
+    cpu = device=='cpu' or parse_flag_from_env('ACCELERATE_USE_CPU')
+    here = PartialState(cpu=cpu)
     if mixed_precision=='fp16' and here.device.type=='cpu': raise ValueError("mixed_precision is 'fp16' and there is no GPU: use 'bf16' or 'no'")
     if int(os.environ.get('WORLD_SIZE', 1))>here.num_processes:
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the engine has one process: on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N")
-    if os.environ.get('ACCELERATE_USE_FSDP', '').lower() in ('1', 'true'): raise RuntimeError('FSDP was asked for, and this trainer does not shard: unset ACCELERATE_USE_FSDP')
-    return Accelerator(mixed_precision=mixed_precision, cpu=device=='cpu', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
+    if parse_flag_from_env('ACCELERATE_USE_FSDP'): raise RuntimeError('FSDP was asked for, and this trainer does not shard: unset ACCELERATE_USE_FSDP')
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
 
 # %% ../nbs/03_trainer.ipynb #017f7963
 class Callback:
@@ -512,7 +513,7 @@ def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must 
     shapes = {n: list(p.shape) for n,p in self.names.items()}
     return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, shapes=shapes) | numbers)
 
-# %% ../nbs/03_trainer.ipynb #61133596
+# %% ../nbs/03_trainer.ipynb #aa2036f0
 @patch
 def save(self:DistillTrainer,
     step:int, # Steps done
@@ -526,13 +527,13 @@ def save(self:DistillTrainer,
     save_tensors({**t, 'rng': torch.get_rng_state()}, self.out/f'checkpoint-{step:06d}.safetensors', meta)
     for p in self.checkpoints()[2:]:
         p.with_suffix('.json').unlink(missing_ok=True)
-        p.unlink()
+        p.unlink(missing_ok=True)
 
-# %% ../nbs/03_trainer.ipynb #01b2ce51
+# %% ../nbs/03_trainer.ipynb #0f506cb6
 @patch
 def checkpoints(self:DistillTrainer)->list[Path]: # Newest first
-    "Checkpoint files in the run's folder"
-    return sorted(self.out.glob('checkpoint-*.safetensors'), reverse=True)
+    "Tensor files of the checkpoints in the run's folder; one of the two files of each may be missing"
+    return sorted({p.with_suffix('.safetensors') for p in self.out.glob('checkpoint-*')}, reverse=True)
 
 # %% ../nbs/03_trainer.ipynb #14a99312
 @patch
