@@ -1,0 +1,293 @@
+"What chapter 03 cannot show: processes that are killed, files that rot, two processes, other trainers"
+import io, json, os, shutil, signal, subprocess, sys, tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import distill_nb.cache, distill_nb.divergences as divergences, distill_nb.trainer
+from distill_nb.cache import TeacherCache, build_cache
+from distill_nb.loss import DistillationLoss
+from distill_nb.projection import ProjectionHead
+from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, weights_sha256
+from distill_nb.trainer import Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, teacher_target, token_mean, train_distillation
+
+KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
+SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
+
+def tiny(n_layers, std, seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=n_layers, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=std, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1))
+
+def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32, **kw):
+    "A run of two stages with an unfreezing, features, averages and an evaluation"
+    cache = cache or TeacherCache(root/'cache')
+    stages = stages or [Stage('logits', 6, lr=5e-3, unfreeze=[(0., 1), (.5, 'all')]), Stage('features', 6, lr=2e-3, alpha=.5, temperature=2., ce=.1)]
+    torch.manual_seed(3)
+    dist = cls(tiny(2, .02, 1).to(dtype), cache, DistillationLoss(), {1: (1, ProjectionHead(16, 16).to(dtype))})
+    args = dict(indices=range(8), batch_size=2, accum_steps=2, save_every=3, device='cpu', progress=False, ema=.9) | kw
+    return DistillTrainer(dist, cache, stages, root/name, **args)
+
+def watch(tr): return Evaluate(lambda o: token_mean(held_out(o.distiller, [8, 9])), 4)
+
+class Dies(Distiller):
+    left = -1
+    def forward(self, batch, n_tokens=None):
+        if self.training: Dies.left -= 1
+        if not Dies.left: os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(batch, n_tokens)
+
+def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(where):
+    "From now on the process dies at one place of `save`"
+    count = []
+    def second(a, b):
+        count.append(1)
+        os.rename(a, b) if len(count)<2 else die()
+    def unlink(self, missing_ok=False):
+        if self.name.startswith('checkpoint-000003'): die()
+        if self.exists(): os.unlink(self)
+    if where=='unlink': Path.unlink = unlink
+    else: distill_nb.cache.os = SimpleNamespace(**{**vars(os), 'replace' if where=='sidecar' else where: second if where=='sidecar' else die})
+
+def in_child(f):
+    "Run `f` in a forked process; returns the signal that ended it"
+    pid = os.fork()
+    if not pid:
+        f()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def kill(root):
+    "Script: runs that are killed, each in a child of its own"
+    def at_pass(name, n):
+        Dies.left = n
+        tr = make(root, name, Dies)
+        tr.callbacks = [watch(tr)]
+        tr.fit()
+    def in_save(where):
+        tr = make(root, f'save-{where}')
+        save = tr.save
+        def deadly(step):
+            if step==9: arm(where)
+            save(step)
+        tr.callbacks,tr.save = [watch(tr)],deadly
+        tr.fit()
+    for k,n in KILLS.items(): assert in_child(lambda: at_pass(k, n))==signal.SIGKILL, k
+    for w in SAVES: assert in_child(lambda: in_save(w))==signal.SIGKILL, w
+
+def two(root):
+    "Script for torchrun: the same run, its windows shared by two processes"
+    tr = make(root, 'two', dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6)
+    tr.fit()
+    assert tr.accelerator.num_processes==2
+
+@pytest.fixture(scope='module')
+def root():
+    d = Path(tempfile.mkdtemp())
+    tok = AutoTokenizer.from_pretrained(embedded_teacher()).train_new_from_iterator(load_prompts('train')['prompt'][:100], 600)
+    teacher = TeacherSynthesizer(tiny(2, .4, 0), tokenizer=tok, device='cpu')
+    build_cache(teacher, load_prompts('train', 16), d/'cache', layers=(1,), max_new_tokens=8, temperature=1., progress=False)
+    yield d
+    shutil.rmtree(d)
+
+@pytest.fixture(scope='module')
+def teacher(root):
+    t = TeacherSynthesizer(tiny(2, .4, 0), tokenizer=TeacherCache(root/'cache').tokenizer, device='cpu')
+    t.cache = TeacherCache(root/'cache')
+    return t
+
+@pytest.fixture(scope='module')
+def through(root):
+    "The run that nothing happened to"
+    tr = make(root, 'through')
+    tr.callbacks = [watch(tr)]
+    tr.fit()
+    return tr
+
+@pytest.fixture(scope='module')
+def killed(root): subprocess.run([sys.executable, __file__, 'kill', str(root)], check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
+
+def fit(tr):
+    said = io.StringIO()
+    with redirect_stdout(said): tr.fit()
+    return said.getvalue()
+
+def resume(root, name, through):
+    "Start a killed run again; returns what it says, after checking that nothing else can be told from the whole run"
+    tr = make(root, name)
+    tr.callbacks = [watch(tr)]
+    said = fit(tr)
+    assert tr.recorder.rows==through.recorder.rows
+    assert [json.loads(l) for l in (tr.out/'history.jsonl').read_text().splitlines()]==through.recorder.rows
+    for a,b in ((tr.names, through.names), (tr.averages, through.averages)):
+        assert a.keys()==b.keys() and all(torch.equal(a[n], b[n]) for n in b)
+    return said
+
+@pytest.mark.parametrize('name', KILLS)
+def test_killed_and_resumed(name, root, through, killed):
+    back = (KILLS[name]-1)//2//3*3
+    assert (f'resuming after step {back} of 12' in (said := resume(root, name, through)))==(back>0), said
+
+@pytest.mark.parametrize('where', SAVES)
+def test_killed_while_saving(where, root, through, killed):
+    said = resume(root, f'save-{where}', through)
+    assert f"resuming after step {9 if where=='unlink' else 6} of 12" in said
+    assert ('checkpoint-000009.safetensors is not whole' in said)==(where=='sidecar')
+
+def flip(p):
+    b = bytearray(p.read_bytes())
+    b[len(b)//2] ^= 1
+    p.write_bytes(b)
+
+DAMAGE = dict(missing=Path.unlink, truncated=lambda p: p.write_bytes(p.read_bytes()[:-1]), flipped=flip, empty=lambda p: p.write_bytes(b''))
+
+@pytest.mark.parametrize('kind', DAMAGE)
+@pytest.mark.parametrize('suffix', ('.safetensors', '.json'))
+def test_damaged_checkpoint(kind, suffix, root, through, tmp_path):
+    out = shutil.copytree(through.out, tmp_path/'run')
+    assert sorted(p.stem for p in out.glob('*.json'))==['checkpoint-000009', 'checkpoint-000012']
+    DAMAGE[kind](out/f'checkpoint-000012{suffix}')
+    (tmp_path/'cache').symlink_to(root/'cache')
+    said = resume(tmp_path, 'run', through)
+    assert 'checkpoint-000012.safetensors is not whole, trying the one before' in said and 'resuming after step 9 of 12' in said
+
+def test_all_checkpoints_damaged(root, through, tmp_path):
+    out = shutil.copytree(through.out, tmp_path/'run')
+    for p in out.glob('*.safetensors'): flip(p)
+    (tmp_path/'cache').symlink_to(root/'cache')
+    said = resume(tmp_path, 'run', through)
+    assert said.count('is not whole')==2 and 'resuming' not in said
+
+def test_pickle_is_not_a_checkpoint(root, through, tmp_path):
+    "Row 22: a pickle under a checkpoint's name is refused, and never run"
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'evil'),)
+    out = shutil.copytree(through.out, tmp_path/'run')
+    torch.save(Evil(), out/'checkpoint-000012.safetensors')
+    (tmp_path/'cache').symlink_to(root/'cache')
+    assert 'is not whole' in resume(tmp_path, 'run', through) and not (tmp_path/'evil').exists()
+
+def test_resume_false_starts_a_new_history(root):
+    tr = make(root, 'anew', stages=[Stage('a', 2)])
+    tr.fit()
+    tr = make(root, 'anew', stages=[Stage('a', 3)])
+    tr.fit(resume=False)
+    assert [json.loads(l)['step'] for l in (tr.out/'history.jsonl').read_text().splitlines()]==[0, 1, 2]
+
+def test_rollback_leaves_one_history(root):
+    "A batch that is corrupt once: the run goes back, and every step is in the history once"
+    class Once(Distiller):
+        seen = 0
+        def forward(self, batch, n_tokens=None):
+            Once.seen += 1
+            return super().forward({**batch, 'teacher_hidden': -30*batch['teacher_hidden']} if Once.seen==21 else batch, n_tokens)
+    tr = make(root, 'rollback', Once, stages=[Stage('a', 12, lr=1e-3)], monitor=KLMonitor('rollback'))
+    assert 'step 10: KL' in fit(tr) and tr.lr_scale==.5
+    rows = [json.loads(l) for l in (tr.out/'history.jsonl').read_text().splitlines()]
+    assert rows==tr.recorder.rows and [r['step'] for r in rows]==list(range(12))
+
+def test_accumulation_in_the_trainer(root):
+    "1x8, 4x2, 8x1 over unequal lengths, features and their balance among them: one run, in float64"
+    class Short(TeacherCache):
+        def __getitem__(self, i):
+            e,r = super().__getitem__(i),1+i%8
+            return {**e, 'input_ids': e['input_ids'][:e['prompt_len']+r], 'hidden': e['hidden'][:r], 'layers': {k: v[:r] for k,v in e['layers'].items()}}
+    cache,runs = Short(root/'cache'),[]
+    for size in (8, 2, 1):
+        tr = make(root, f'acc{size}', cache=cache, dtype=torch.float64, batch_size=size, accum_steps=8//size, stages=[Stage('a', 2, lr=1e-3, alpha=.5, temperature=2., ce=.1)])
+        tr.fit()
+        runs.append(tr)
+    assert sorted(e[2] for e in runs[0].recorder.rows[0]['examples'])==list(range(1, 9)) and runs[0].distiller.balance!=1
+    for tr in runs[1:]:
+        for n,p in runs[0].names.items(): torch.testing.assert_close(tr.names[n], p, rtol=0, atol=1e-6)
+        assert [r['n_tokens'] for r in tr.recorder.rows]==[r['n_tokens'] for r in runs[0].recorder.rows]
+
+def test_two_processes_are_one(root):
+    env = os.environ|dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
+    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29617', __file__, 'two', str(root)]
+    out = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+    assert out.returncode==0, out.stderr[-3000:]
+    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6)
+    one.fit()
+    tr = make(root, 'two', dtype=torch.float64, accum_steps=1, indices=range(16), save_every=6)
+    assert 'done already' in fit(tr)
+    for n,p in one.names.items(): torch.testing.assert_close(tr.names[n], p, rtol=0, atol=1e-5)
+    for a,b in zip(one.recorder.rows, tr.recorder.rows, strict=True):
+        assert (a['step'], a['n_tokens'], a['trains'])==(b['step'], b['n_tokens'], b['trains'])
+        assert abs(a['kl']-b['kl'])<1e-5 and abs(a['grad_norm']-b['grad_norm'])<1e-5
+        assert sorted(e[0] for e in a['examples'])==sorted(e[0] for e in b['examples'])
+
+def test_transformers_trainer_has_the_same_gradients(root, tmp_path):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    tr = make(root, 'hf', dtype=torch.float64)
+    dist,cache,seen,grads = tr.distiller,tr.cache,[],{}
+    dist.loss = DistillationLoss(2., .5, ce=.1)
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.distiller = dist
+        def forward(self, num_items_in_batch=None, **batch):
+            seen.append(batch['index'].tolist())
+            return dict(loss=self.distiller(batch, num_items_in_batch)['loss'])
+    class Grab(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kw): grads.update({n: p.grad.clone() for n,p in dist.named_parameters()})
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[], save_strategy='no', remove_unused_columns=False, per_device_train_batch_size=2,
+        gradient_accumulation_steps=3, max_steps=1, max_grad_norm=0., disable_tqdm=True)
+    with redirect_stdout(io.StringIO()): Trainer(Adapter(), args, train_dataset=cache, data_collator=cache.collate, callbacks=[Grab()]).train()
+    assert len(seen)==3 and len(set(sum(seen, [])))==6
+    mine = make(root, 'hf', dtype=torch.float64).distiller
+    mine.loss = dist.loss
+    window = [cache.collate([cache[i] for i in b]) for b in seen]
+    n = sum(int((b['labels']!=-100).sum()) for b in window)
+    for b in window: mine(b, n)['loss'].backward()
+    for k,p in mine.named_parameters(): torch.testing.assert_close(grads[k], p.grad, rtol=0, atol=1e-6*p.grad.abs().max().item())
+
+def test_teacher_is_never_trained(teacher):
+    before,batches = weights_sha256(teacher.model),torch.utils.data.DataLoader(teacher.cache, 4, collate_fn=teacher.cache.collate)
+    student,loss = tiny(1, .02, 1),DistillationLoss(1., 1.)
+    go = lambda s: train_distillation(s, teacher, batches, torch.optim.SGD(s.parameters(), .1), loss, 'cpu', 1, 1)
+    assert len(go(student))==1 and weights_sha256(teacher.model)==before
+    student.lm_head.weight = student.model.embed_tokens.weight = teacher.model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match='shares memory'): go(student)
+    teacher.model.requires_grad_(True)
+    try:
+        with pytest.raises(ValueError, match='teacher is trainable'): go(tiny(1, .02, 1))
+    finally: teacher.model.requires_grad_(False)
+    assert weights_sha256(teacher.model)==before
+
+def test_loss_scaling(root, monkeypatch):
+    "fp16's scaler, on the CPU: a scale changes nothing, too much of it costs a step, and a checkpoint keeps it"
+    scale,engine = [2.**10],distill_nb.trainer.engine
+    def scaled(*args):
+        acc = engine('no', 'cpu')
+        acc.scaler = torch.amp.GradScaler('cpu', init_scale=scale[0])
+        return acc
+    stages = [Stage('a', 6, lr=1e-3)]
+    plain = make(root, 'unscaled', stages=stages)
+    plain.fit()
+    monkeypatch.setattr(distill_nb.trainer, 'engine', scaled)
+    tr = make(root, 'scaled', stages=stages)
+    tr.fit()
+    for n,p in plain.names.items(): torch.testing.assert_close(tr.names[n], p, rtol=0, atol=1e-6)
+    scale[0] = 2.**127
+    tr = make(root, 'overscaled', stages=stages, save_every=6)
+    fit(tr)
+    skipped,now = tr.recorder.column('skipped'),tr.accelerator.scaler.get_scale()
+    assert skipped[0] and not skipped[-1] and now==2.**(127-sum(skipped))
+    again = make(root, 'overscaled', stages=stages, save_every=6)
+    fit(again)
+    assert again.accelerator.scaler.get_scale()==now
+
+@pytest.mark.skipif(not hasattr(divergences, 'Sampled'), reason='no sampled targets')
+def test_counts_become_a_sampled_target():
+    class Counts(tuple): pass
+    t = teacher_target(None, dict(teacher_counts=Counts((torch.tensor([[1, 4]]), torch.tensor([[.3, .7]])))), 1.)
+    assert type(t) is divergences.Sampled and torch.equal(t.ids, torch.tensor([[1, 4]])) and torch.equal(t.weights, torch.tensor([[.3, .7]]))
+
+if __name__=='__main__': dict(kill=kill, two=two)[sys.argv[1]](Path(sys.argv[2]))
