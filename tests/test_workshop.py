@@ -1,0 +1,86 @@
+"The workshop, done by a participant: each check refuses the open exercise and the usual mistakes, says why, and accepts the solution"
+import ast, contextlib, io, json, tomllib
+from pathlib import Path
+
+import matplotlib, pytest
+
+matplotlib.use('agg')
+ROOT = Path(__file__).parents[1]
+SHOP = ROOT/'nbs/workshop'
+LESSONS = sorted(SHOP.glob('*.ipynb'))
+
+def cells(p): return [''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+def bound(s):
+    "The one name that a cell defines at its top level, else None"
+    b = ast.parse(s).body
+    if len(b)!=1: return None
+    if isinstance(b[0], ast.FunctionDef): return b[0].name
+    return b[0].targets[0].id if isinstance(b[0], ast.Assign) and isinstance(b[0].targets[0], ast.Name) else None
+
+def is_open(s): return any(isinstance(n, ast.Constant) and n.value is ... for n in ast.walk(ast.parse(s)))
+
+def solutions(p):
+    "Name to source of each solution of a lesson"
+    parts = (SHOP/f'solutions/{p.stem}.py').read_text(encoding='utf-8').split('\n# %% ')[1:]
+    return {bound(s): s for s in (o.split('\n', 1)[1] for o in parts)}
+
+def say(src, ns):
+    "What a cell prints"
+    with contextlib.redirect_stdout(io.StringIO()) as out: exec(compile(src, 'cell', 'exec'), ns)
+    return out.getvalue().strip()
+
+MISTAKES = dict(soften=[('return z.softmax(-1)/T', 'before the softmax'), ('return (z*T).softmax(-1)', 'not multiplied'), ('return z.softmax(-1)', 'T is not used'),
+        ('return 1/0', 'your code raised ZeroDivisionError')],
+    factor=[('return 1.', 'both 1/T'), ('return T', 'one of the two'), ('return T**3', 'one T too many'), ('return 2*T**2', 'at T=1 nothing')],
+    kept=[('return (z/T).topk(k, -1).values.softmax(-1).sum(-1)', 'cannot be'), ('return z.softmax(-1).topk(k, -1).values.sum(-1)', 'does not change with T'),
+        ('return (z/T).softmax(-1).topk(k, -1).values', 'has shape')],
+    tail=[('return logits[:,k:].logsumexp(-1)', 'T is not used'), ('return logits[:,k:].logsumexp(-1)/T', 'before the logsumexp'),
+        ('return (logits/T).logsumexp(-1)', 'from the k-th on')],
+    labels_of=[('return torch.cat([torch.full_like(ids[:prompt_len], -100), ids[prompt_len:]])', 'has just read'), ('return ids.roll(-1)', 'write prompts'),
+        ('return ids[prompt_len:]', 'one for each position'), ('return torch.full_like(ids, -100)', 'asked of nobody')],
+    found=[("dict(A='right', B='right', C='right', D='right')", 'read what a position sees'), ("dict(A='unshifted', B='right')", '0 ends'),
+        ("dict(A='unshifted', B='endless', C='right')", 'the rest is prompt'), ("dict(A='padding')", 'none of')],
+    their_labels=[('return labels', 'shifts them once more'), ('return labels[:,:-1]', 'becomes free'), ('return labels.roll(-1, 1)', 'must move to i+1')],
+    attention=[('return (ids!=2).long()', 'not for the id'), ('return torch.ones_like(ids)', 'padding is visible'),
+        ('return (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:,None]).long()', 'upside down')])
+
+def mistaken(src, body):
+    "The open exercise `src` with its body, or its value, replaced"
+    n = ast.parse(src).body[0]
+    return src[:src.index('):')+2]+'\n    '+body if isinstance(n, ast.FunctionDef) else f'{n.targets[0].id} = {body}'
+
+def do(p):
+    "A lesson from top to bottom; yields each exercise with what its check said to it open, mistaken and solved"
+    ns,sol,todo = {'__name__': '__main__'},solutions(p),None
+    for s in cells(p):
+        if is_open(s): todo = s
+        elif todo and 'verdict(' in s:
+            name = bound(todo)
+            tries = [todo] + [mistaken(todo, b) for b,_ in MISTAKES[name]] + [sol.pop(name)]
+            said = [(say(t, ns), say(s, ns))[1] for t in tries]
+            todo = None
+            yield name,said
+        else: say(s, ns)
+    assert not sol and todo is None, f'solutions without an exercise: {list(sol)}, or an exercise without a check'
+
+@pytest.mark.parametrize('p', LESSONS, ids=lambda p: p.stem)
+def test_lesson_solved_and_each_check_says_why(p):
+    n = 0
+    for name,(first,*wrong,last) in do(p):
+        assert first.startswith('Not yet: ') and 'replace' in first, (name, first)
+        assert len(wrong)>=2
+        for (body,why),got in zip(MISTAKES[name], wrong): assert got.startswith('Not yet: ') and why in got, (name, body, got)
+        assert last=='Right.', (name, last)
+        n += 1
+    assert n>=3
+
+@pytest.mark.parametrize('p', LESSONS, ids=lambda p: p.stem)
+def test_lesson_can_be_given_anywhere(p):
+    nb,src = json.loads(p.read_text(encoding='utf-8')),cells(p)
+    repo = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['urls']['Repository']
+    text = '\n'.join(''.join(c['source']) for c in nb['cells'])
+    assert f'colab.research.google.com/github/{"/".join(repo.split("/")[-2:])}/blob/main/nbs/workshop/{p.name}' in text
+    assert "'google.colab' in sys.modules" in src[0] and f'git+{repo}' in src[0] and say(src[0], {})==''
+    assert 'default_exp' not in text and text.count('**Predict.**')>=3 and ' minutes' in text
+    assert not any(c.get('outputs') for c in nb['cells']), 'outputs would give the predictions away'
