@@ -7,7 +7,7 @@ Docs: https://example.org/distill_nb/codecs.html.md"""
 # %% auto #0
 __all__ = ['CHUNK', 'BAND', 'CODECS', 'kl_nats', 'mean_kl', 'channel_scale', 'quantize', 'dequantize', 'fisher',
            'transform_basis', 'find_step', 'split_planes', 'join_planes', 'plane_widths', 'compress_chunk',
-           'decompress_chunk', 'Bf16', 'Int8', 'Transform']
+           'decompress_chunk', 'Bf16', 'Fp16', 'Int8', 'Fp8', 'Transform']
 
 # %% ../nbs/00a_codecs.ipynb #d7530a3c
 import math
@@ -47,24 +47,26 @@ def channel_scale(h:Tensor, # `(N,d)` hidden states to calibrate on
     "Scale of each channel"
     return h.float().square().mean(0).sqrt().clamp_min(1e-6)
 
-# %% ../nbs/00a_codecs.ipynb #02a24e26
+# %% ../nbs/00a_codecs.ipynb #7533b46a
 def quantize(h:Tensor, # `(N,d)` hidden states
     channel:Tensor, # `(d,)` from `channel_scale`
-)->tuple[Tensor, Tensor]: # `(N,d)` int8 and `(N,)` fp16 token scales
+    dtype:torch.dtype=torch.int8, # Or `torch.float8_e4m3fn`
+)->tuple[Tensor, Tensor]: # `(N,d)` of `dtype` and `(N,)` fp16 token scales
     "Hidden states in 8 bits: `h = q * channel * scale[:,None]`"
-    u = h.float()/channel
-    s = (u.abs().amax(-1)/127).clamp_min(1e-7).half()
-    return (u/s.float()[:,None]).round().clamp(-127, 127).to(torch.int8), s
+    top,u = 127 if dtype==torch.int8 else 448,h.float()/channel
+    s = (u.abs().amax(-1)/top).clamp_min(1e-7).half()
+    q = (u/s.float()[:,None]).clamp(-top, top)
+    return (q.round() if dtype==torch.int8 else q).to(dtype), s
 
-# %% ../nbs/00a_codecs.ipynb #117e3e3f
-def dequantize(q:Tensor, # `(N,d)` int8
+# %% ../nbs/00a_codecs.ipynb #4b7c7e72
+def dequantize(q:Tensor, # `(N,d)` int8 or fp8
     scale:Tensor, # `(N,)` token scales
     channel:Tensor, # `(d,)` channel scales
 )->Tensor: # `(N,d)` fp32
     "The inverse of `quantize`, up to rounding"
-    return q.float()*channel*scale.float()[:,None]
+    return q.float().mul_(channel).mul_(scale.float()[:,None])
 
-# %% ../nbs/00a_codecs.ipynb #c5275c2e
+# %% ../nbs/00a_codecs.ipynb #860bd89c
 @torch.no_grad()
 def fisher(h:Tensor, # `(N,d)` hidden states
     head:Head, # Output head
@@ -121,14 +123,15 @@ def split_planes(k:Tensor, # `(c,n)` int32, n a multiple of 8/w
     low = (j&((1<<w)-1)).reshape(len(k), 8//w, k.shape[1]*w//8)
     return sum(low[:,i]<<w*i for i in range(8//w)).to(torch.uint8), (j>>w).to(torch.int8)
 
-# %% ../nbs/00a_codecs.ipynb #02c86ba8
+# %% ../nbs/00a_codecs.ipynb #6631aa5e
 def join_planes(low:Tensor, # `(c,n*w/8)` uint8
     high:Tensor, # `(c,n)` int8
     w:int, # Bits of the low part
-)->Tensor: # `(c,n)` int32
+)->Tensor: # `(c,n)` fp32, whole numbers
     "The inverse of `split_planes`"
-    parts = [low.int()>>w*i & (1<<w)-1 for i in range(8//w)]
-    return (high.int()<<w)+torch.cat(parts, 1)-(1<<w-1)
+    j = torch.cat([low>>w*i & (1<<w)-1 for i in range(8//w)], 1) if w<8 else low
+    k = j.float().sub_(1<<w-1)
+    return k.add_(high, alpha=1<<w) if high.count_nonzero() else k
 
 # %% ../nbs/00a_codecs.ipynb #2105e00d
 def plane_widths(k:Tensor, # `(n,d)` int32
@@ -152,25 +155,26 @@ def compress_chunk(k:Tensor, # `(n,d)` int32, n <= CHUNK
         for band in low.split(BAND*8//b): out += z.compress(band.numpy().tobytes())+z.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     return out+z.compress(torch.cat([p[1] for p in planes]).numpy().tobytes())+z.flush()
 
-# %% ../nbs/00a_codecs.ipynb #e4faceb3
+# %% ../nbs/00a_codecs.ipynb #131f5706
 def decompress_chunk(frame:bytes, # From `compress_chunk`
     d:int, # Components
-)->Tensor: # `(n,d)` int32, n rounded up to a multiple of 4
+)->Tensor: # `(n,d)` fp32, whole numbers, n rounded up to a multiple of 4
     "The inverse of `compress_chunk`"
     raw = torch.frombuffer(bytearray(zstandard.ZstdDecompressor().decompressobj().decompress(frame)), dtype=torch.uint8)
     w,body = raw[:d],raw[d:]
     n = len(body)*8//(8*d+int(w.sum()))
-    high,res,a,c = body[-d*n:].view(torch.int8).view(d, n),torch.empty(n, d, dtype=torch.int32),0,0
+    high,res,a,c = body[-d*n:].view(torch.int8).view(d, n),torch.empty(d, n),0,0
     for b in (8, 4, 2):
-        m = int((w==b).sum())
-        low = body[a:a+m*n*b//8].view(m, -1) if m else body.new_empty(0, n*b//8)
-        res[:,w==b] = join_planes(low, high[c:c+m], b).T
-        a,c = a+m*n*b//8,c+m
-    return res
+        i = (w==b).nonzero()[:,0]
+        low = body[a:a+len(i)*n*b//8].view(len(i), n*b//8)
+        res.index_copy_(0, i, join_planes(low, high[c:c+len(i)], b))
+        a,c = a+low.numel(),c+len(i)
+    return res.T
 
-# %% ../nbs/00a_codecs.ipynb #13458df7
+# %% ../nbs/00a_codecs.ipynb #9c5ece3b
 class Bf16(NamedTuple):
     "The hidden state in bf16: exact where the teacher computes in bf16"
+    gives,dtype = 'hidden',torch.bfloat16
     @classmethod
     def fit(cls,
         h:Tensor, # `(N,d)` hidden states to calibrate on
@@ -182,9 +186,12 @@ class Bf16(NamedTuple):
 
     def encode(self,
         h:Tensor, # `(N,d)` hidden states
+        head:Head=None, # Not used
     )->dict: # Tensors to store
-        "Hidden states as stored"
-        return dict(hidden=h.bfloat16())
+        "Hidden states as stored; ValueError where a number is too large for it"
+        x = h.to(self.dtype)
+        if not x.isfinite().all(): raise ValueError(f'a hidden state of {h.abs().max():.3g} does not fit {self.dtype}: use bf16 or int8')
+        return dict(hidden=x)
 
     def decode(self,
         t:dict, # What `encode` gave
@@ -194,10 +201,16 @@ class Bf16(NamedTuple):
         "Rows `a` to `b`"
         return t['hidden'][a:b]
 
-# %% ../nbs/00a_codecs.ipynb #2052f327
+# %% ../nbs/00a_codecs.ipynb #967f17ad
+class Fp16(Bf16):
+    "The hidden state in fp16: for teachers that compute in fp16 or fp32"
+    dtype = torch.float16
+
+# %% ../nbs/00a_codecs.ipynb #202bab5d
 class Int8(NamedTuple):
     "The hidden state in 8 bits, with two scales"
     channel:Tensor # `(d,)`
+    gives,dtype = 'hidden',torch.int8
     @classmethod
     def fit(cls,
         h:Tensor, # `(N,d)` hidden states to calibrate on
@@ -209,9 +222,10 @@ class Int8(NamedTuple):
 
     def encode(self,
         h:Tensor, # `(N,d)` hidden states
+        head:Head=None, # Not used
     )->dict: # Tensors to store
         "Hidden states as stored"
-        return dict(zip(('hidden', 'scale'), quantize(h, self.channel)))
+        return dict(zip(('hidden', 'scale'), quantize(h, self.channel, self.dtype)))
 
     def decode(self,
         t:dict, # What `encode` gave
@@ -221,12 +235,18 @@ class Int8(NamedTuple):
         "Rows `a` to `b`"
         return dequantize(t['hidden'][a:b], t['scale'][a:b], self.channel)
 
-# %% ../nbs/00a_codecs.ipynb #1dae8189
+# %% ../nbs/00a_codecs.ipynb #de43ab1f
+class Fp8(Int8):
+    "The hidden state in float8_e4m3fn, with two scales"
+    dtype = torch.float8_e4m3fn
+
+# %% ../nbs/00a_codecs.ipynb #c88c13e5
 class Transform(NamedTuple):
     "The hidden state to a stated number of nats, in the fewest bytes"
     mu:Tensor # `(d,)`
     basis:Tensor # `(d,d)`, step folded in
     inverse:Tensor # `(d,d)`
+    gives = 'hidden'
     @classmethod
     def fit(cls,
         h:Tensor, # `(N,d)` hidden states to calibrate on
@@ -242,10 +262,11 @@ class Transform(NamedTuple):
         mu,basis,inverse = transform_basis(h.cpu(), fish)
         return cls(mu, basis/D, inverse*D)
 
-# %% ../nbs/00a_codecs.ipynb #72ba0bf4
+# %% ../nbs/00a_codecs.ipynb #493b54c0
 @patch
 def encode(self:Transform,
     h:Tensor, # `(N,d)` hidden states
+    head:Head=None, # Not used
 )->dict: # `code (bytes,)` uint8, `ends (chunks+1,)` int64
     "Round in the basis, compress chunk by chunk"
     k = ((h.float()-self.mu)@self.basis).round().clamp(-32639, 32639).int()
@@ -253,7 +274,22 @@ def encode(self:Transform,
     return dict(code=torch.frombuffer(bytearray(b''.join(frames)), dtype=torch.uint8),
         ends=torch.tensor([0]+[len(f) for f in frames]).cumsum(0))
 
-# %% ../nbs/00a_codecs.ipynb #0ca0aa82
+# %% ../nbs/00a_codecs.ipynb #f821625e
+@patch
+def levels(self:Transform,
+    t:dict, # What `encode` gave: tensors, or slices of a file
+    a:int, # First row
+    b:int, # One past the last
+)->Tensor: # `(b-a,d)` fp32, whole numbers
+    "The integers of rows `a` to `b`"
+    first,d = a//CHUNK,len(self.mu)
+    ends = t['ends'][first:-(-b//CHUNK)+1].tolist()
+    frames = [bytes(t['code'][i:j].numpy()) for i,j in zip(ends, ends[1:])]
+    k = [decompress_chunk(f, d).T for f in frames] or [torch.empty(d, 0)]
+    k = k[0] if len(k)==1 else torch.cat(k, 1)
+    return k[:,a-first*CHUNK:b-first*CHUNK].T
+
+# %% ../nbs/00a_codecs.ipynb #6b9857b3
 @patch
 def decode(self:Transform,
     t:dict, # What `encode` gave: tensors, or slices of a file
@@ -261,11 +297,15 @@ def decode(self:Transform,
     b:int, # One past the last
 )->Tensor: # `(b-a,d)` fp32
     "Rows `a` to `b`"
-    first,d = a//CHUNK,len(self.mu)
-    ends = t['ends'][first:-(-b//CHUNK)+1].tolist()
-    frames = [bytes(t['code'][i:j].numpy()) for i,j in zip(ends, ends[1:])]
-    k = torch.cat([decompress_chunk(f, d) for f in frames]) if frames else torch.empty(0, d)
-    return self.mu+k[a-first*CHUNK:b-first*CHUNK].float()@self.inverse
+    return torch.addmm(self.mu, self.levels(t, a, b), self.inverse)
 
-# %% ../nbs/00a_codecs.ipynb #f6866573
-CODECS = dict(bf16=Bf16, int8=Int8, transform=Transform)
+# %% ../nbs/00a_codecs.ipynb #df197592
+@patch
+def fold(self:Transform,
+    head:Head, # Output head
+)->Head: # Takes `levels` for hidden states
+    "A head that decodes"
+    return Head(head.weight.float()@self.inverse.T, head(self.mu))
+
+# %% ../nbs/00a_codecs.ipynb #f2838dc6
+CODECS = dict(bf16=Bf16, fp16=Fp16, fp8=Fp8, int8=Int8, transform=Transform)
