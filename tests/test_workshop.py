@@ -1,8 +1,10 @@
 "The workshop, done by a participant: each check refuses the open exercise and the usual mistakes, says why, and accepts the solution"
-import ast, contextlib, io, json, tomllib
+import ast, contextlib, io, json, re, tomllib
 from pathlib import Path
 
-import matplotlib, pytest
+import matplotlib, pytest, yaml
+
+from distill_nb.recipes import Config
 
 matplotlib.use('agg')
 ROOT = Path(__file__).parents[1]
@@ -18,7 +20,7 @@ def bound(s):
     if isinstance(b[0], ast.FunctionDef): return b[0].name
     return b[0].targets[0].id if isinstance(b[0], ast.Assign) and isinstance(b[0].targets[0], ast.Name) else None
 
-def is_open(s): return any(isinstance(n, ast.Constant) and n.value is ... for n in ast.walk(ast.parse(s)))
+def is_open(s): return 'verdict(' not in s and any(isinstance(n, ast.Constant) and n.value is ... for n in ast.walk(ast.parse(s)))
 
 def solutions(p):
     "Name to source of each solution of a lesson"
@@ -31,7 +33,7 @@ def say(src, ns):
     return out.getvalue().strip()
 
 MISTAKES = dict(soften=[('return z.softmax(-1)/T', 'before the softmax'), ('return (z*T).softmax(-1)', 'not multiplied'), ('return z.softmax(-1)', 'T is not used'),
-        ('return 1/0', 'your code raised ZeroDivisionError')],
+    ('return 1/0', 'your code raised ZeroDivisionError')],
     factor=[('return 1.', 'both 1/T'), ('return T', 'one of the two'), ('return T**3', 'one T too many'), ('return 2*T**2', 'at T=1 nothing')],
     kept=[('return (z/T).topk(k, -1).values.softmax(-1).sum(-1)', 'cannot be'), ('return z.softmax(-1).topk(k, -1).values.sum(-1)', 'does not change with T'),
         ('return (z/T).softmax(-1).topk(k, -1).values', 'has shape')],
@@ -43,7 +45,19 @@ MISTAKES = dict(soften=[('return z.softmax(-1)/T', 'before the softmax'), ('retu
         ("dict(A='unshifted', B='endless', C='right')", 'the rest is prompt'), ("dict(A='padding')", 'none of')],
     their_labels=[('return labels', 'shifts them once more'), ('return labels[:,:-1]', 'becomes free'), ('return labels.roll(-1, 1)', 'must move to i+1')],
     attention=[('return (ids!=2).long()', 'not for the id'), ('return torch.ones_like(ids)', 'padding is visible'),
-        ('return (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:,None]).long()', 'upside down')])
+        ('return (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:,None]).long()', 'upside down')],
+    directions=[('return torch.linalg.matrix_rank(h).float()', 'weigh directions'), ('C = h.T@h; return C.trace()**2/(C@C).trace()', 'subtract the mean'),
+        ('C = (h-h.mean(0)).T.cov(); return C.trace()/(C@C).trace()**.5', 'an even cloud'), ('return 1.', 'an even cloud')],
+    honest=[('return head', 'still train'), ('return ProjectionHead(576, 64).requires_grad_(False)', 'not the one'),
+        ('nn.init.zeros_(head.linear.weight); return head.requires_grad_(False)', 'without content')],
+    culprit=[("return min((e for r in rows if r['verdict'] for e in r['examples']), key=lambda e: e[1])[0]", 'take the largest mean KL'), ('return -1', 'in no batch'),
+        ("return max(rows, key=lambda r: r['kl'])", 'number of one example')],
+    per_token=[('return (kl_sum/n).mean()', 'mean of means'), ('return kl_sum.mean()', 'nats per example'), ('return kl_sum/n', 'one number')],
+    interval=[('return ((b-a).sum()/n.sum(),)*2', 'of the width'), ('d = (b-a)[draws].sum(1)/n[draws].sum(1); return d.min(),d.max()', 'not the extremes'),
+        ('d = (b-a)[draws].sum(1); return d.quantile(.025),d.quantile(.975)', 'divide by the tokens'),
+        ('d = (a-b)[draws].sum(1)/n[draws].sum(1); return d.quantile(.025),d.quantile(.975)', 'the sign is turned'),
+        ('w = draws.flip(0); d = b[w].sum(1)/n[w].sum(1) - a[draws].sum(1)/n[draws].sum(1); return d.quantile(.025),d.quantile(.975)', 'same examples for both')],
+    sentence=[("return 'better' if low+high>0 else 'worse'", 'zero is inside'), ("return 'better' if low>0 else 'worse'", 'harm cannot')])
 
 def mistaken(src, body):
     "The open exercise `src` with its body, or its value, replaced"
@@ -84,3 +98,18 @@ def test_lesson_can_be_given_anywhere(p):
     assert "'google.colab' in sys.modules" in src[0] and f'git+{repo}' in src[0] and say(src[0], {})==''
     assert 'default_exp' not in text and text.count('**Predict.**')>=3 and ' minutes' in text
     assert not any(c.get('outputs') for c in nb['cells']), 'outputs would give the predictions away'
+
+HOWTO = sorted((ROOT/'nbs/howto').glob('*.md'))
+
+def blocks(p, lang):
+    "Fenced blocks of a page in one language"
+    return re.findall(rf'^```{lang}\n(.*?)^```', p.read_text(encoding='utf-8'), flags=re.M|re.S)
+
+@pytest.mark.parametrize('p', HOWTO, ids=lambda p: p.stem)
+def test_howto_runs_as_printed(p):
+    assert (found := blocks(p, 'python'))
+    for s in found: say(s, {'__name__': '__main__'})
+
+def test_howto_yaml_is_a_configuration():
+    c = Config.from_dict(yaml.safe_load(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0]))
+    assert c.teacher.model_id!=c.student.model_id and c.teacher.model_id!='embedded' and c.student.prune is None
