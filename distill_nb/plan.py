@@ -251,8 +251,9 @@ def reference(table:type=Config, # Where to start
     notes = dict(re.findall(r'^    (\w+):.*?# (.*)$', inspect.getsource(table), re.M))
     inner,res = {w[0]: t for w,t in tables(table).items() if len(w)==1},[]
     for k,f in table.model_fields.items():
-        default = '' if f.is_required() or k in inner and f.default is not None else ' '+json.dumps(f.default)
-        res.append(f"{'  '*depth}{k}:{default}".ljust(36)+(f' # {notes[k]}' if k in notes else ''))
+        default = '' if f.is_required() or k in inner else ' '+json.dumps(f.default)
+        note = notes.get(k, 'optional' if k in inner and f.default is None else '')
+        res.append(f"{'  '*depth}{k}:{default}".ljust(36)+f' # {note}'*bool(note))
         if k in inner: res += reference(inner[k], depth+1)
     return res
 
