@@ -6,18 +6,21 @@ Docs: https://example.org/distill_nb/cache.html.md"""
 
 # %% auto #0
 __all__ = ['SCHEMA', 'CacheError', 'canonical', 'sha256_json', 'replace_file', 'save_json', 'load_json', 'save_tensors',
-           'check_tensors', 'load_tensors', 'as_rows', 'score_rows', 'check_head', 'make_manifest', 'check_manifest',
-           'shard_path', 'codec_of', 'build_cache', 'TeacherCache']
+           'check_tensors', 'open_tensors', 'load_tensors', 'as_rows', 'fitting', 'score_rows', 'gives', 'fit_settings',
+           'codec_settings', 'codec_of', 'check_head', 'make_manifest', 'shard_path', 'load_manifest', 'check_manifest',
+           'save_tokenizer', 'load_tokenizer', 'estimate_size', 'claim', 'build_cache', 'check_shard', 'TeacherCache',
+           'join', 'repair_cache']
 
-# %% ../nbs/00c_cache.ipynb #c3fc6ad4
-import hashlib, json, os
+# %% ../nbs/00c_cache.ipynb #279d3cee
+import contextlib, errno, hashlib, inspect, json, os, re, shutil, socket
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from fastcore.basics import chunked, patch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from .codecs import CODECS, kl_nats, mean_kl
-from .synthesis import Head, TeacherSynthesizer, head_of, pad, sha256_file
+from .synthesis import Head, TeacherSynthesizer, blank, context_of, head_of, pad, sha256_file, tokenizer_sha256
 
 # %% ../nbs/00c_cache.ipynb #27c7cccb
 class CacheError(Exception):
@@ -41,39 +44,59 @@ def sha256_json(o)->str: # `o`: anything that JSON can hold
     "SHA-256 of the canonical JSON of `o`"
     return hashlib.sha256(canonical(o)).hexdigest()
 
-# %% ../nbs/00c_cache.ipynb #a6fbff1e
+# %% ../nbs/00c_cache.ipynb #a3e98e40
+def _room(path, size):
+    "The message for a disk that lacks `size` bytes for `path`"
+    return (f'{path}: the disk is full: {size} bytes needed, {shutil.disk_usage(path.parent).free} free. '
+        'Free some space and run the same again: what is done stays done')
+
+def _full(e): return getattr(e, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e)
+
+# %% ../nbs/00c_cache.ipynb #2c2d767d
 def replace_file(path:Path, # Final name
     write, # Called with the temporary path: writes the file there
+    size:int=0, # Bytes it will take, for the message when the disk is full
 ):
     "Write, flush to disk, rename: `path` is the old file or the whole new one"
     tmp = path.with_name(f'.{path.name}.tmp')
     try:
         write(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        tmp.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(tmp, path)
+    except Exception as e:
+        tmp.unlink(missing_ok=True)
+        if not _full(e): raise
+        raise CacheError(_room(path, size)) from e
     finally: tmp.unlink(missing_ok=True)
     fd = os.open(path.parent, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/00c_cache.ipynb #c4fb7952
+# %% ../nbs/00c_cache.ipynb #03748c2f
 def save_json(o:dict, # Content; the key `sha256` is added
     path:Path, # File to write, atomically
 ):
     "Write `o` with the SHA-256 of its own canonical JSON"
-    replace_file(path, lambda p: p.write_bytes(canonical({**o, 'sha256': sha256_json(o)})))
+    b = canonical({**o, 'sha256': sha256_json(o)})
+    replace_file(path, lambda p: p.write_bytes(b), len(b))
 
-# %% ../nbs/00c_cache.ipynb #d910789c
+# %% ../nbs/00c_cache.ipynb #9a3e1d92
+def _own(path):
+    "`path`, unless it is a link that leads out of its folder"
+    if not path.resolve().is_relative_to(path.parent.resolve()): raise CacheError(f'{path}: a link that leads out of its folder: put the file itself there')
+    return path
+
 def load_json(path:Path, # A file that `save_json` wrote
 )->dict: # Its content, verified
     "Read and verify; raises `CacheError`"
-    try: o = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e: raise CacheError(f'{path}: cannot be read ({e})') from e
+    try: o = json.loads(_own(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as e: raise CacheError(f'{path}: cannot be read ({e})') from e
     sha = o.pop('sha256', None) if isinstance(o, dict) else None
     if sha!=sha256_json(o): raise CacheError(f'{path}: its content does not match its own SHA-256: damaged or edited by hand')
     return o
 
-# %% ../nbs/00c_cache.ipynb #cd5632f7
+# %% ../nbs/00c_cache.ipynb #9ff499bd
 def save_tensors(tensors:dict, # Names to tensors
     path:Path, # `.safetensors` file
     meta:dict|None=None, # Anything JSON can hold, kept in the sidecar
@@ -81,36 +104,59 @@ def save_tensors(tensors:dict, # Names to tensors
     "Write tensors, then the sidecar that makes them count"
     path.with_suffix('.json').unlink(missing_ok=True)
     whole = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    replace_file(path, lambda p: save_file(whole, p))
+    replace_file(path, lambda p: save_file(whole, p), sum(v.nbytes for v in whole.values()))
     save_json(dict(file=path.name, bytes=path.stat().st_size, data_sha256=sha256_file(path), meta=meta or {}), path.with_suffix('.json'))
 
-# %% ../nbs/00c_cache.ipynb #d3ded70e
+# %% ../nbs/00c_cache.ipynb #bc4c616d
 def check_tensors(path:Path, # `.safetensors` file
 )->dict: # The sidecar's content
     "Verify size and SHA-256 of a tensor file; raises `CacheError` with path, expected and got"
     side = load_json(path.with_suffix('.json'))
-    if not path.exists(): raise CacheError(f'{path}: missing')
+    if side.get('file')!=path.name: raise CacheError(f"{path}: its sidecar belongs to {side.get('file')!r}")
+    if not _own(path).exists(): raise CacheError(f'{path}: missing')
     if (n := path.stat().st_size)!=side['bytes']: raise CacheError(f"{path}: expected {side['bytes']} bytes, got {n}")
     if (h := sha256_file(path))!=side['data_sha256']: raise CacheError(f"{path}: expected SHA-256 {side['data_sha256']}, got {h}")
     return side
 
-# %% ../nbs/00c_cache.ipynb #28d0fcd3
+# %% ../nbs/00c_cache.ipynb #c984744e
+def open_tensors(path:Path, # `.safetensors` file
+): # An open `safe_open`, whose tensors can be read in slices
+    "Map a tensor file"
+    try: return safe_open(path, 'pt')
+    except SafetensorError as e: raise CacheError(f'{path}: not a safetensors file ({e})') from e
+
+# %% ../nbs/00c_cache.ipynb #704430b7
 def load_tensors(path:Path, # `.safetensors` file
 )->tuple[dict, dict]: # Tensors by name, and the `meta` they were saved with
     "Verify, then read"
     meta = check_tensors(path)['meta']
-    with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, meta
+    with open_tensors(path) as f: return {k: f.get_tensor(k) for k in f.keys()}, meta
 
-# %% ../nbs/00c_cache.ipynb #c7b2ebf1
+# %% ../nbs/00c_cache.ipynb #4bf1c4e7
 def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list of strings
 )->list[dict]: # Rows with `prompt` and the other columns
     "Prompts in one form; raises `ValueError` with the row number of an empty one"
     rows = [dict(prompt=p) if isinstance(p, str) else dict(p) for p in prompts]
     for i,r in enumerate(rows):
-        if not r.get('prompt'): raise ValueError(f'prompt {i} is empty or has no `prompt`: remove that row')
+        if blank(r.get('prompt')): raise ValueError(f'prompt {i} is empty or has no `prompt`: remove that row')
+    if not rows: raise ValueError('no prompts: give at least one')
     return rows
 
-# %% ../nbs/00c_cache.ipynb #04c0a9b9
+# %% ../nbs/00c_cache.ipynb #cf1fb43c
+def fitting(teacher:TeacherSynthesizer, # Who is asked
+    rows:list[dict], # From `as_rows`
+    too_long:str='error', # What to do with a prompt that fills the context: 'error' or 'skip'
+)->list[int]: # Numbers of the rows that can be answered
+    "Rows whose prompts leave room for an answer"
+    if too_long not in ('error', 'skip'): raise ValueError(f"too_long is {too_long!r}: use 'error' or 'skip'")
+    lens,room = [len(o) for o in teacher.encode([r['prompt'] for r in rows])],context_of(teacher.model)
+    if (none := [i for i,n in enumerate(lens) if not n]): raise ValueError(f'prompt {none[0]} has no tokens: remove that row')
+    bad = [i for i,n in enumerate(lens) if n>=room]
+    if bad and too_long=='error':
+        raise ValueError(f"prompt {bad[0]} has {lens[bad[0]]} tokens and the teacher room for {room}: shorten it, or leave such rows out with too_long='skip'")
+    return [i for i in range(len(rows)) if i not in set(bad)]
+
+# %% ../nbs/00c_cache.ipynb #0b3baa66
 def score_rows(teacher:TeacherSynthesizer, # Who is asked
     exs:list[dict], # Examples
     layers:tuple=(), # More hidden states to keep
@@ -127,30 +173,80 @@ def score_rows(teacher:TeacherSynthesizer, # Who is asked
     cat = {k: torch.cat(v) for k,v in res.items()}
     return cat.pop(None), cat
 
-# %% ../nbs/00c_cache.ipynb #162c6e86
-def _pack(exs, h, extra, codec):
+# %% ../nbs/00c_cache.ipynb #7b812bd8
+def gives(codec, # A codec, or its class
+)->str: # 'hidden' unless the codec says otherwise
+    "What a codec gives back"
+    return getattr(codec, 'gives', 'hidden')
+
+# %% ../nbs/00c_cache.ipynb #0c1b3ad7
+def fit_settings(cls, # Of `CODECS`
+)->dict: # Name to default
+    "Settings of a codec's `fit`"
+    return {k: v.default for k,v in inspect.signature(cls.fit).parameters.items() if k not in ('h', 'head')}
+
+# %% ../nbs/00c_cache.ipynb #865e6477
+def codec_settings(codec:str='hidden', # As in `build_cache`
+    dtype:str='bf16', # For 'hidden'
+    nats:float=1e-2, # For codecs whose `fit` takes it
+    **settings # Others that its `fit` takes
+)->dict: # What the manifest says of a codec
+    "A codec and its settings; raises `ValueError`"
+    numbers = [k for k,c in CODECS.items() if gives(c)=='hidden' and k!='transform']
+    names = ['hidden', *(k for k in CODECS if k not in numbers)]
+    if codec not in names or dtype not in numbers: raise ValueError(f"codec {codec!r}, dtype {dtype!r}: use codec='hidden' with one of {numbers}, or one of {names[1:]}")
+    known = fit_settings(CODECS[dtype if codec=='hidden' else codec])
+    if (odd := [k for k in settings if k not in known]): raise ValueError(f'{codec} has no settings {odd}: it takes {list(known)}')
+    if not nats>0: raise ValueError(f'nats is {nats}: state the KL at T=1 that is acceptable, such as 1e-2')
+    if codec=='hidden': return dict(codec=codec, dtype=dtype)
+    return json.loads(canonical(dict(codec=codec, **known | (dict(nats=nats) if 'nats' in known else {}) | settings)))
+
+# %% ../nbs/00c_cache.ipynb #f15a8513
+def _codec_class(m): return CODECS[m['dtype'] if m['codec']=='hidden' else m['codec']]
+
+def codec_of(m:dict, # Manifest
+    tensors:dict, # From `codec.safetensors`
+)->NamedTuple: # One of `CODECS`
+    "The codec of a cache, with what it was fitted to"
+    cls = _codec_class(m)
+    return cls(*[tensors[k] for k in cls._fields])
+
+# %% ../nbs/00c_cache.ipynb #5d7e59e4
+def _codes(codec, h, head):
+    "What `codec` stores of `h`, all of it finite"
+    t = codec.encode(h) if gives(codec)=='hidden' else codec.encode(h, head)
+    for k,v in t.items():
+        v = v.float().abs() if gives(codec)=='hidden' else v.float()
+        if not (v<torch.inf).all():
+            raise CacheError(f"{type(codec).__name__} cannot hold these values: `{k}` would be infinite. Use a wider number type, such as dtype='bf16'")
+    return t
+
+def _pack(exs, h, extra, codec, head):
     "Tensors of one shard"
     ints = lambda o: torch.tensor(o, dtype=torch.int32)
     t = dict(input_ids=ints([i for e in exs for i in e['input_ids']]), lens=ints([len(e['input_ids']) for e in exs]),
         prompt_lens=ints([e['prompt_len'] for e in exs]))
-    return t | {f'layer.{k}': v.bfloat16() for k,v in extra.items()} | codec.encode(h)
+    return t | {f'layer.{k}': v.bfloat16() for k,v in extra.items()} | _codes(codec, h, head)
 
-# %% ../nbs/00c_cache.ipynb #a9878ed1
+# %% ../nbs/00c_cache.ipynb #cf84c7dc
 @torch.no_grad()
 def check_head(teacher:TeacherSynthesizer, # Who is asked
     ex:dict, # One example
+    stores:str='hidden', # What the codec gives back
     bound:float=0.05, # Largest mean KL allowed, nats per token
 )->float: # KL(own logits || head's), nats per token
     "Does the output head alone reproduce the model's logits? Raises `CacheError` where not"
-    x = torch.tensor([ex['input_ids']])
+    x,head = torch.tensor([ex['input_ids']]),head_of(teacher.model)
+    if head.cap is not None and stores=='hidden': raise CacheError(f'this model caps its logits at {head.cap.item():g}, which no hidden state shows: '
+        f'use a codec that stores logits, one of {[k for k,c in CODECS.items() if gives(c)!="hidden"]}')
     own = teacher.model(x.to(teacher.model.device)).logits[0]
-    kl = kl_nats(own, head_of(teacher.model)(teacher.score(x)['head_input'][0])).mean().item()
-    if kl>bound: raise CacheError(f'the output head alone gives other logits than the model ({kl:.2g} nats per token): '
-        'this model scales or caps its logits, which the cache does not store')
+    kl = kl_nats(own, head(teacher.score(x)['head_input'][0])).mean().item()
+    if not kl<=bound: raise CacheError(f'the output head gives other logits than the model ({kl:.2g} nats per token): this architecture changes '
+        'its logits in a way that `head_of` does not know, and no codec here can store it')
     return kl
 
-# %% ../nbs/00c_cache.ipynb #5782e5cd
-SCHEMA = 1
+# %% ../nbs/00c_cache.ipynb #950b27e8
+SCHEMA = 2
 
 def make_manifest(teacher:TeacherSynthesizer, # Who is asked
     rows:list[dict], # From `as_rows`
@@ -162,87 +258,215 @@ def make_manifest(teacher:TeacherSynthesizer, # Who is asked
     plan = [dict(s) for s in old]
     start = sum(s['n'] for s in plan)
     plan += [dict(n=len(c)) for c in chunked(rows[start:], shard_size)]
-    for i,s in enumerate(plan):
-        a = sum(o['n'] for o in plan[:i])
-        s['prompts'] = sha256_json(rows[a:a+s['n']])
+    for s,a in zip(plan, _starts(plan)): s['prompts'] = sha256_json(rows[a:a+s['n']])
     return dict(schema=SCHEMA, teacher=teacher.fingerprint, shards=plan, **settings)
 
-# %% ../nbs/00c_cache.ipynb #6e807f5a
-def check_manifest(old:dict, # What is on disk
-    new:dict, # What is asked for
-    path, # Named in the error
-):
-    "Raise `CacheError` with the keys that differ, unless `new` only appends to `old`"
-    diff = [k for k in new if k not in ('shards', 'teacher') and old.get(k)!=new[k]]
-    diff += [f'teacher.{k}' for k,v in new['teacher'].items() if old['teacher'].get(k)!=v]
-    same = [a==b for a,b in zip(old['shards'], new['shards'])]
-    if not all(same) or len(new['shards'])<len(old['shards']): diff.append(f"prompts (shard {(same+[False]).index(False)})")
-    if diff: raise CacheError(f"{path} was made with other settings: {', '.join(diff)}. Use another folder, or the settings it was made with")
+def _starts(plan): return [0]+torch.tensor([s['n'] for s in plan]).cumsum(0).tolist()[:-1]
 
-# %% ../nbs/00c_cache.ipynb #789f293c
-def _prepare(teacher, rows, path, shard_size, settings):
-    "Write or check manifest and tokenizer; returns the manifest"
-    f,old = path/'manifest.json',None
-    if f.exists(): old = load_json(f)
-    m = make_manifest(teacher, rows, shard_size, old['shards'] if old else (), **settings)
-    if old: check_manifest(old, m, path)
-    else: teacher.tokenizer.save_pretrained(path/'tokenizer')
-    if m!=old: save_json(m, f)
-    return m
-
-# %% ../nbs/00c_cache.ipynb #b43c9519
+# %% ../nbs/00c_cache.ipynb #1c1c11f7
 def shard_path(path:Path, # Cache folder
     i:int, # Number of the shard
 )->Path: # Its `.safetensors` file
     "Name of shard `i`: made from its number, never read from a file"
     return path/f'shard-{i:05d}.safetensors'
 
-# %% ../nbs/00c_cache.ipynb #f7a62226
-def _done(p):
-    "Does shard `p` have a sidecar that is whole, and the size it states?"
-    try: return p.exists() and load_json(p.with_suffix('.json'))['bytes']==p.stat().st_size
+# %% ../nbs/00c_cache.ipynb #e6794f03
+def _sound(m):
+    "Is everything in manifest `m` of the kind it should be?"
+    plan = lambda s: set(s)=={'n', 'prompts'} and type(s['n']) is int and s['n']>0 and re.fullmatch('[0-9a-f]{64}', s['prompts'])
+    try: return (all(plan(s) for s in m['shards']) and len(m['shards'])>0 and all(type(k) is int and k>=0 for k in m['layers'])
+        and _codec_class(m) is not None and type(m['teacher']['vocab_size']) is int and isinstance(m['generation'], dict))
+    except (KeyError, TypeError, AttributeError): return False
+
+def load_manifest(path:Path, # Cache folder
+)->dict: # Its content, verified
+    "Read `manifest.json`; raises `CacheError` if it is damaged, too new, or not one of ours"
+    m = load_json(path/'manifest.json')
+    if type(s := m.get('schema')) is int and s>SCHEMA: raise CacheError(f'{path}: schema {s} is newer than this package reads ({SCHEMA}): update distill_nb')
+    if not _sound(m): raise CacheError(f"{path/'manifest.json'}: not a manifest that distill_nb wrote, or of a codec that this version lacks: "
+        f"{m.get('codec')!r}, {m.get('dtype')!r}")
+    return m
+
+# %% ../nbs/00c_cache.ipynb #1e4f9e10
+def _flat(m): return {f'{k}.{j}' if j else k: x for k,v in m.items() for j,x in (v.items() if isinstance(v, dict) else [('', v)])}
+
+def _changed(path, i, start, rows):
+    "Number of the first prompt of shard `i` that is not what its sidecar says"
+    try: was = load_json(shard_path(path, i).with_suffix('.json'))['meta']['rows']
+    except CacheError: return start
+    return start+next((j for j,(a,b) in enumerate(zip(was, rows[start:])) if canonical(a)!=canonical(b)), len(rows[start:]))
+
+# %% ../nbs/00c_cache.ipynb #cc7cd420
+def check_manifest(old:dict, # What is on disk
+    new:dict, # What is asked for
+    path:Path, # Cache folder
+    rows:list=(), # Prompts asked for
+):
+    "Raise `CacheError` with the keys that differ, unless `new` only appends to `old`"
+    was = _flat(old)
+    diff = [k for k,v in _flat(new).items() if k not in ('shards', 'skipped') and was.get(k)!=v]
+    same = [a==b for a,b in zip(old['shards'], new['shards'])]
+    if not all(same) or len(new['shards'])<len(old['shards']):
+        i = (same+[False]).index(False)
+        diff.append(f"prompts (prompt {_changed(path, i, _starts(old['shards'])[i], rows)}, in shard {i})")
+    if diff: raise CacheError(f"{path} was made with other settings: {', '.join(diff)}. Use another folder, or the settings it was made with")
+
+# %% ../nbs/00c_cache.ipynb #3c0e60fd
+def _in_terms_of(old, m):
+    "Manifest `m` with no more keys than an older `old` has"
+    if old['schema']==SCHEMA: return m
+    m = {k: v for k,v in m.items() if k in old} | dict(schema=old['schema'])
+    return m | {k: {j: x for j,x in m[k].items() if j in old[k]} for k in ('teacher', 'generation')}
+
+def _prepare(teacher, rows, path, shard_size, settings):
+    "Write or check manifest and tokenizer; returns the manifest"
+    old = load_manifest(path) if (path/'manifest.json').exists() else None
+    m = make_manifest(teacher, rows, shard_size, old['shards'] if old else (), **settings)
+    if old:
+        m = _in_terms_of(old, m)
+        check_manifest(old, m, path, rows)
+    return m
+
+def _record(teacher, path, m):
+    "Store the tokenizer, then the manifest"
+    f = path/'manifest.json'
+    if f.exists() and load_json(f)==m: return
+    if not f.exists(): save_tokenizer(teacher.tokenizer, path)
+    save_json(m, f)
+
+# %% ../nbs/00c_cache.ipynb #1f6e5afb
+def save_tokenizer(tok, # A fast tokenizer
+    path:Path, # Cache folder
+):
+    "Store a tokenizer, flushed to disk"
+    to = path/'tokenizer'
+    try: tok.save_pretrained(to)
+    except Exception as e:
+        if not _full(e): raise
+        raise CacheError(_room(to, 2**22)) from e
+    for p in to.iterdir():
+        with open(p, 'rb') as f: os.fsync(f.fileno())
+
+# %% ../nbs/00c_cache.ipynb #31316285
+def load_tokenizer(path:Path, # Cache folder
+    m:dict, # Manifest
+): # A fast tokenizer
+    "The tokenizer of a cache; raises `CacheError` if it is not the one that the manifest names"
+    to = path/'tokenizer'
+    for p in (to, *to.glob('*')): _own(p)
+    try: tok = AutoTokenizer.from_pretrained(to, trust_remote_code=False)
+    except Exception as e: raise CacheError(f'{to}: cannot be read ({str(e).splitlines()[0]})') from e
+    if tokenizer_sha256(tok)!=m['teacher']['tokenizer']: raise CacheError(f'{to}: not the tokenizer that the manifest names: damaged or edited')
+    return tok
+
+# %% ../nbs/00c_cache.ipynb #24083c47
+def _done(p, prompts=None):
+    "Has `p` a sidecar that is whole, the size it states, and the prompts that were planned?"
+    try: side = load_json(p.with_suffix('.json'))
     except CacheError: return False
+    return p.exists() and side.get('bytes')==p.stat().st_size and prompts in (None, sha256_json(side['meta'].get('rows')))
 
-# %% ../nbs/00c_cache.ipynb #d8b87844
-def _codec_class(m): return CODECS[m['dtype'] if m['codec']=='hidden' else m['codec']]
+def _lacking(path, m): return [i for i,s in enumerate(m['shards']) if not _done(shard_path(path, i), s['prompts'])]
 
-def codec_of(m:dict, # Manifest
-    tensors:dict, # From `codec.safetensors`
-)->NamedTuple: # One of `CODECS`
-    "The codec of a cache, with what it was fitted to"
-    cls = _codec_class(m)
-    return cls(*[tensors[k] for k in cls._fields])
-
-# %% ../nbs/00c_cache.ipynb #7ce4cc48
+# %% ../nbs/00c_cache.ipynb #bf3acc7f
 def _save_codec(teacher, ex, h, path, m):
     "Check the head, fit the codec on the first shard's `h`, store both"
-    check_head(teacher, ex)
+    cls = _codec_class(m)
+    check_head(teacher, ex, gives(cls))
     head = head_of(teacher.model)
-    t = head._asdict() | _codec_class(m).fit(h, head, m.get('nats'))._asdict()
+    t = head._asdict() | cls.fit(h, head, **{k: m[k] for k in fit_settings(cls) if k in m})._asdict()
     save_tensors({k: v for k,v in t.items() if v is not None}, path/'codec.safetensors')
 
-# %% ../nbs/00c_cache.ipynb #889f26d9
+# %% ../nbs/00c_cache.ipynb #ccbfe150
+@torch.no_grad()
+def _token_bytes(teacher, ids, m):
+    "Bytes that a cache of manifest `m` keeps of a response token"
+    head,cls = head_of(teacher.model),_codec_class(m)
+    d = head.weight.shape[1]
+    fixed = 4+2*d*len(m['layers'])
+    if m['codec']=='transform': return fixed+2*d
+    h = teacher.score(torch.tensor([ids]))['head_input'][0].cpu()
+    codec = cls.fit(h, head, **{k: m[k] for k in fit_settings(cls) if k in m})
+    return fixed+sum(v.nbytes for v in _codes(codec, h, head).values())/len(h)
+
+def _size(teacher, rows, m):
+    "Response tokens at most, bytes of each, and bytes of all files of a cache of `rows`"
+    ids = teacher.encode([r['prompt'] for r in rows])
+    n,b = len(rows)*m['generation']['max_new_tokens'],_token_bytes(teacher, ids[0], m)
+    head = 2*sum(v.nbytes for v in head_of(teacher.model) if v is not None)
+    return dict(response_tokens=n, bytes_per_token=round(b, 1), bytes=int(n*b)+4*sum(map(len, ids))+2*len(canonical(rows))+head)
+
+# %% ../nbs/00c_cache.ipynb #10e0b4d5
+def estimate_size(teacher:TeacherSynthesizer, # Who will be asked
+    prompts, # As in `build_cache`
+    layers:tuple=(), # More hidden states to keep
+    max_new_tokens:int=512, # Longest response, in tokens
+    **how # `codec`, `dtype`, `nats` and settings of the codec, as in `build_cache`
+)->dict: # `response_tokens`, `bytes_per_token` and `bytes`, at most
+    "What a cache will take on disk if every response is as long as it may be"
+    return _size(teacher, as_rows(prompts), dict(codec_settings(**how), layers=list(layers), generation=dict(max_new_tokens=max_new_tokens)))
+
+# %% ../nbs/00c_cache.ipynb #978566be
+@contextlib.contextmanager
+def claim(path:str|Path, # Cache folder, made if it is not there
+): # Yields the folder as a `Path`
+    "Be the only writer of a cache; raises `CacheError` if that cannot be"
+    path = Path(path)
+    lock = FileLock(path/'.lock', timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK|os.X_OK): raise PermissionError(errno.EACCES, 'the folder is read-only')
+        lock.acquire()
+        (path/'.lock').write_text(f'process {os.getpid()} on {socket.gethostname()}')
+    except Timeout as e:
+        raise CacheError(f"{path}: {(path/'.lock').read_text() or 'another process'} is writing this cache; wait for it, or use another folder") from e
+    except OSError as e:
+        raise CacheError(_room(path, 64) if _full(e) else f'{path}: cannot be written ({e.strerror}): use another folder, or change its permissions') from e
+    try: yield path
+    finally: lock.release()
+
+# %% ../nbs/00c_cache.ipynb #a5b49a3e
+def _check_finite(exs, rows, start, hs):
+    "Raise `CacheError` with the prompt at which the teacher's hidden states are not finite"
+    bad = ~torch.stack([torch.isfinite(h.float()).all(-1) for h in hs]).all(0)
+    if not bad.any(): return
+    ends = torch.tensor([len(e['input_ids'])-e['prompt_len'] for e in exs]).cumsum(0)
+    k = int((ends<=int(bad.nonzero()[0])).sum())
+    raise CacheError(f"the teacher's hidden states are not finite for prompt {start+k}, {rows[k]['prompt'][:80]!r}: remove it, or use a wider dtype for the teacher")
+
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write, score and store shard `i`; shard 0 also calibrates and stores the codec"
-    g,p = m['generation'],shard_path(path, i)
+    g = m['generation']
     args = g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size
     exs = teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True)
     h,extra = score_rows(teacher, exs, m['layers']) if m['layers'] else (torch.cat([e['hidden'] for e in exs]), {})
-    bad = ~torch.isfinite(h.float()).all(-1)
-    if bad.any():
-        ends = torch.tensor([len(e['input_ids'])-e['prompt_len'] for e in exs]).cumsum(0)
-        k = int((ends<=int(bad.nonzero()[0])).sum())
-        raise CacheError(f"the teacher's hidden states are not finite for prompt {rows[k]['prompt'][:80]!r} (row {k} of shard {i})")
+    _check_finite(exs, rows, _starts(m['shards'])[i], [h, *extra.values()])
     if i==0: _save_codec(teacher, exs[0], h, path, m)
     t,_ = load_tensors(path/'codec.safetensors')
-    save_tensors(_pack(exs, h, extra, codec_of(m, t)), p, dict(rows=rows))
+    save_tensors(_pack(exs, h, extra, codec_of(m, t), head_of(teacher.model)), shard_path(path, i), dict(rows=rows))
+    return len(h)
 
-# %% ../nbs/00c_cache.ipynb #2a5f1290
+# %% ../nbs/00c_cache.ipynb #12a792a8
+def _todo(path, m):
+    "Shards to make"
+    todo = _lacking(path, m)
+    return todo if 0 in todo or _done(path/'codec.safetensors') else [0, *todo]
+
+def _build_missing(teacher, parts, path, m, batch_size, progress):
+    "Build the shards that are keys of `parts`, from the rows that are their values"
+    for f in path.glob('.*.tmp'): f.unlink()
+    tokens,bar = 0,tqdm(parts, disable=not progress, desc='asking the teacher', unit='shard')
+    for i in bar:
+        tokens += _build_shard(teacher, parts[i], path, i, m, batch_size)
+        sec = bar.format_dict['elapsed'] or 1
+        bar.set_postfix_str(f"{tokens/sec:.0f} tokens/s, {sum(p.stat().st_size for p in path.glob('*.safetensors'))/2**20:.0f} MiB")
+
+# %% ../nbs/00c_cache.ipynb #86e72822
 def build_cache(
     teacher:TeacherSynthesizer, # Who is asked
     prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings
     path:str|Path, # Folder of the cache
-    codec:str='hidden', # How the input of the output head is stored: 'hidden' (as numbers of `dtype`) or 'transform' (to `nats`)
+    codec:str='hidden', # What is stored of a token: 'hidden' (numbers of `dtype`), 'transform' (hidden states to `nats`), or another of `CODECS`
     dtype:str='bf16', # For 'hidden': 'bf16' (exact for a bf16 teacher) or 'int8' (half of it, about 1e-3 nats)
     nats:float=1e-2, # For 'transform': KL(teacher || cache) at T=1 that is acceptable, nats per token
     layers:tuple=(), # More hidden states, in bf16: 0 is the embeddings, i the output of block i
@@ -252,120 +476,180 @@ def build_cache(
     seed:int=0, # Shard i draws from generators seeded by (seed, i)
     shard_size:int=64, # Examples per shard
     batch_size:int=64, # Prompts written together
+    too_long:str='error', # What to do with a prompt that fills the teacher's context: 'error' or 'skip'
     progress:bool=True, # Show a bar?
+    **settings # Of other codecs: what their `fit` takes
 ): # A `TeacherCache`, also set as `teacher.cache`
     "Ask the teacher about `prompts` and keep the answers; goes on where an interrupted build stopped"
-    how = dict(hidden=dict(dtype=dtype), transform=dict(nats=nats)).get(codec)
-    if how is None or dtype not in ('bf16', 'int8') or not nats>0:
-        raise ValueError(f"codec {codec!r}, dtype {dtype!r}, nats {nats}: use codec='hidden' with dtype='bf16' or 'int8', or codec='transform' with nats above 0")
-    path,rows = Path(path),as_rows(prompts)
-    gen = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path/'.lock', timeout=0):
-            m = _prepare(teacher, rows, path, shard_size, dict(codec=codec, **how, layers=list(layers), generation=gen))
-            _build_missing(teacher, rows, path, m, batch_size, progress)
-    except Timeout as e: raise CacheError(f'{path}: another process is writing this cache; wait for it, or use another folder') from e
+    how,rows = codec_settings(codec, dtype, nats, **settings),as_rows(prompts)
+    gen = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=min(batch_size, shard_size))
+    with claim(path) as path:
+        fit = fitting(teacher, rows, too_long)
+        skipped,rows = sorted(set(range(len(rows)))-set(fit)),[rows[i] for i in fit]
+        m = _prepare(teacher, rows, path, shard_size, dict(how, layers=list(layers), generation=gen, too_long=too_long, skipped=skipped))
+        _fill(teacher, rows, path, m, batch_size, progress)
     teacher.cache = TeacherCache(path)
     return teacher.cache
 
-# %% ../nbs/00c_cache.ipynb #befaf86d
-def _build_missing(teacher, rows, path, m, batch_size, progress):
-    "Build the shards that are not done"
-    starts = [sum(s['n'] for s in m['shards'][:i]) for i in range(len(m['shards']))]
-    todo = [i for i in range(len(starts)) if not _done(shard_path(path, i))]
-    if 0 not in todo and not _done(path/'codec.safetensors'): todo.insert(0, 0)
+# %% ../nbs/00c_cache.ipynb #aa377e58
+def _fill(teacher, rows, path, m, batch_size, progress):
+    "Say what is there, see that there is room for the rest, and make it"
+    todo,starts = _todo(path, m),_starts(m['shards'])
     if (n := len(starts)-len(todo)): print(f'{path.name}: {n} of {len(starts)} shards are there already' + ('' if todo else ', nothing to ask'))
-    for f in path.glob('.*.tmp'): f.unlink()
-    for i in tqdm(todo, disable=not progress, desc='asking the teacher', unit='shard'):
-        _build_shard(teacher, rows[starts[i]:starts[i]+m['shards'][i]['n']], path, i, m, batch_size)
+    parts = {i: rows[starts[i]:starts[i]+m['shards'][i]['n']] for i in todo}
+    if todo:
+        need,free = _size(teacher, sum(parts.values(), []), m)['bytes'],shutil.disk_usage(path).free
+        if need>free: raise CacheError(f'{path}: up to {need} bytes needed, {free} free. Free some space, or ask for less: fewer prompts, '
+            "a smaller max_new_tokens, dtype='int8' or codec='transform'")
+    _record(teacher, path, m)
+    _build_missing(teacher, parts, path, m, batch_size, progress)
 
-# %% ../nbs/00c_cache.ipynb #95f6ad9b
+# %% ../nbs/00c_cache.ipynb #71ae175c
+def check_shard(path:Path, # Cache folder
+    m:dict, # Manifest
+    i:int, # Number of the shard
+)->tuple: # Open file, prompt lengths, first token and first row of each example (and one past the last), and the rows of the prompts
+    "Verify shard `i`, and note where each example starts; raises `CacheError`"
+    p,s,V = shard_path(path, i),m['shards'][i],m['teacher']['vocab_size']
+    rows = check_tensors(p)['meta'].get('rows', [])
+    if sha256_json(rows)!=s['prompts']: raise CacheError(f'{p}: holds other prompts than the manifest planned')
+    f = open_tensors(p)
+    if (lack := {'input_ids', 'lens', 'prompt_lens'}-set(f.keys())): raise CacheError(f'{p}: lacks {sorted(lack)}')
+    ids,L,P = (f.get_tensor(k).long() for k in ('input_ids', 'lens', 'prompt_lens'))
+    if not (len(L)==len(P)==s['n']==len(rows) and L.sum()==len(ids) and ((0<P)&(P<L)).all()): raise CacheError(f'{p}: its lengths do not add up')
+    if ids.min()<0 or ids.max()>=V: raise CacheError(f'{p}: a token id lies outside the vocabulary of {V}')
+    starts = lambda o: [0]+o.cumsum(0).tolist()
+    return f,P.tolist(),starts(L),starts(L-P),rows
+
+# %% ../nbs/00c_cache.ipynb #86f62aed
 class TeacherCache(torch.utils.data.Dataset):
     "What a teacher said, read from disk"
     keys = None
     def __init__(self,
         path:str|Path, # Folder that `build_cache` filled
+        partial:bool=False, # Take an incomplete cache for the shards that it has?
     ):
         "Open; raises `CacheError` if it is damaged, incomplete or too new"
-        self.path = Path(path)
-        self.manifest = load_json(self.path/'manifest.json')
-        if (s := self.manifest['schema'])>SCHEMA: raise CacheError(f'{path}: schema {s} is newer than this package reads ({SCHEMA}): update distill_nb')
-        missing = [i for i in range(len(self.manifest['shards'])) if not _done(shard_path(self.path, i))]
-        if missing: raise CacheError(f'{path}: shards {missing} are missing: run build_cache again with the same arguments, it makes only these')
-        self._open,self.index = {},[(i, j) for i,s in enumerate(self.manifest['shards']) for j in range(s['n'])]
+        self.path,self.manifest = Path(path),load_manifest(Path(path))
+        plan,missing = self.manifest['shards'],_lacking(self.path, self.manifest)
+        if missing and not partial: raise CacheError(f'{path}: shards {missing} are missing or damaged, the first of them '
+            f'{shard_path(self.path, missing[0]).stem}.json: run build_cache again with the same arguments, it makes only these')
+        self.shards = [i for i in range(len(plan)) if i not in missing]
+        self._open,self.index = {},[(i, j) for i in self.shards for j in range(plan[i]['n'])]
         t,_ = load_tensors(self.path/'codec.safetensors')
-        self.head,self.codec = Head(t['weight'], t.get('bias')),codec_of(self.manifest, t)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path/'tokenizer')
+        self.head,self.codec = Head(*(t.get(k) for k in Head._fields)),codec_of(self.manifest, t)
+        self.gives,self.tokenizer = gives(self.codec),load_tokenizer(self.path, self.manifest)
 
     def __len__(self): return len(self.index)
 
-# %% ../nbs/00c_cache.ipynb #063e8967
+# %% ../nbs/00c_cache.ipynb #b369d53f
 @patch
 def _shard(self:TeacherCache, i):
-    "Shard `i`, verified when first opened: `(file, first token, first row)` of each example, and their prompts"
-    if i not in self._open:
-        p = shard_path(self.path, i)
-        rows = check_tensors(p)['meta']['rows']
-        f = safe_open(p, 'pt')
-        L,P = f.get_tensor('lens').long(),f.get_tensor('prompt_lens').long()
-        starts = lambda o: [0]+o.cumsum(0).tolist()
-        if f.get_tensor('input_ids').max()>=len(self.head.weight): raise CacheError(f'{p}: a token id lies outside the vocabulary of {len(self.head.weight)}')
-        self._open[i] = f,P.tolist(),starts(L),starts(L-P),rows
+    "Shard `i`, verified when first opened"
+    if i not in self._open: self._open[i] = check_shard(self.path, self.manifest, i)
     return self._open[i]
 
-# %% ../nbs/00c_cache.ipynb #f8d183b8
+# %% ../nbs/00c_cache.ipynb #7669c8d8
 @patch
 def __getitem__(self:TeacherCache,
     idx:int, # Number of the example
-)->dict: # `input_ids (L,)`, `prompt_len`, `hidden (R,d)`, `layers {k: (R,d)}`, `meta`, `index`; R is the number of response tokens
+)->dict: # `input_ids (L,)`, `prompt_len`, `hidden (R,d)` (or what else the codec gives), `layers {k: (R,d)}`, `meta`, `index`; R is the number of response tokens
     "One example and what the teacher said about it"
     i,j = self.index[idx]
     f,P,tok,row,rows = self._shard(i)
     cut = lambda k, s: f.get_slice(k)[s[j]:s[j+1]]
-    h = self.codec.decode({k: f.get_slice(k) for k in f.keys()}, row[j], row[j+1])
-    return dict(input_ids=cut('input_ids', tok).long(), prompt_len=P[j], hidden=h,
-        layers={k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, meta=rows[j], index=idx)
+    said = self.codec.decode({k: f.get_slice(k) for k in f.keys()}, row[j], row[j+1])
+    return {'input_ids': cut('input_ids', tok).long(), 'prompt_len': P[j], self.gives: said,
+        'layers': {k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, 'meta': rows[j], 'index': idx}
 
-# %% ../nbs/00c_cache.ipynb #2b5022fd
+# %% ../nbs/00c_cache.ipynb #1c50d87d
+def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such
+): # One of the same kind, the rows of all
+    "Rows of several examples as one"
+    if isinstance(parts[0], tuple): return type(parts[0])(*map(join, zip(*parts)))
+    wide = max(o.shape[-1] for o in parts) if parts[0].dim()>1 else 0
+    return torch.cat([F.pad(o, (0, wide-o.shape[-1])) if o.dim()>1 else o for o in parts])
+
+# %% ../nbs/00c_cache.ipynb #8e93c6f9
 @patch
 def collate(self:TeacherCache,
     exs:list[dict], # From `cache[i]`
-)->dict: # `input_ids`, `attention_mask`, `labels (B,L)`; `teacher_hidden (N,d)`; `teacher_layers {k: (N,d)}`; `index (B,)`
+)->dict: # `input_ids`, `attention_mask`, `labels (B,L)`; `teacher_hidden (N,d)`, or what else the codec gives; `teacher_layers {k: (N,d)}`; `index (B,)`
     "A batch for `DataLoader(cache, collate_fn=cache.collate)`"
     x,mask = pad([e['input_ids'].tolist() for e in exs], self.tokenizer.pad_token_id or 0)
     labels = torch.full_like(x, -100)
     for b,e in enumerate(exs):
         n,p = len(e['input_ids']),e['prompt_len']
         labels[b, p-1:n-1] = e['input_ids'][p:]
-    return dict(input_ids=x, attention_mask=mask, labels=labels, teacher_hidden=torch.cat([e['hidden'] for e in exs]),
-        teacher_layers={k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']},
-        index=torch.tensor([e['index'] for e in exs]))
+    return {'input_ids': x, 'attention_mask': mask, 'labels': labels, f'teacher_{self.gives}': join([e[self.gives] for e in exs]),
+        'teacher_layers': {k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']}, 'index': torch.tensor([e['index'] for e in exs])}
 
-# %% ../nbs/00c_cache.ipynb #2760a992
+# %% ../nbs/00c_cache.ipynb #3d1a1db4
+def _damage(path, m):
+    "Message for each part of a cache that is not whole: 'tokenizer', 'codec', or the number of a shard"
+    checks = {'tokenizer': partial(load_tokenizer, path, m), 'codec': partial(check_tensors, path/'codec.safetensors')}
+    checks |= {i: partial(check_shard, path, m, i) for i in range(len(m['shards']))}
+    bad = {}
+    for k,check in checks.items():
+        try: check()
+        except CacheError as e: bad[k] = str(e)
+    return bad
+
 @patch
 def verify(self:TeacherCache)->list[str]: # One message for each damaged file; empty if all is well
     "Check every byte of the cache"
-    bad = []
-    for p in [self.path/'codec.safetensors'] + [shard_path(self.path, i) for i in range(len(self.manifest['shards']))]:
-        try: check_tensors(p)
-        except CacheError as e: bad.append(str(e))
-    return bad
+    return list(_damage(self.path, self.manifest).values())
 
-# %% ../nbs/00c_cache.ipynb #f649336b
+# %% ../nbs/00c_cache.ipynb #8a155d40
+def _rows_of(path, m, i, given):
+    "Prompts of shard `i`, from its sidecar or else from `given`"
+    s,a = m['shards'][i],_starts(m['shards'])[i]
+    try: rows = load_json(shard_path(path, i).with_suffix('.json'))['meta']['rows']
+    except CacheError: rows = given[a:a+s['n']]
+    if sha256_json(rows)!=s['prompts']: raise CacheError(f'{path}: the prompts of shard {i} are lost with its sidecar: give the prompts that the cache was built from')
+    return rows
+
+# %% ../nbs/00c_cache.ipynb #53090053
+def repair_cache(teacher:TeacherSynthesizer, # The teacher that made it
+    path:str|Path, # Cache folder
+    prompts=None, # As given to `build_cache`; needed where a sidecar is lost
+    progress:bool=False, # Show a bar?
+)->list[str]: # What was wrong, and is no longer
+    "Make again what is damaged or missing in a cache, and nothing else"
+    m,given = load_manifest(Path(path)),[] if prompts is None else as_rows(prompts)
+    check_manifest(m, _in_terms_of(m, {**m, 'teacher': teacher.fingerprint}), path)
+    given = [r for i,r in enumerate(given) if i not in m.get('skipped', [])]
+    with claim(path) as path:
+        bad = _damage(path, m)
+        again = sorted({0 if k=='codec' else k for k in bad}-{'tokenizer'})
+        parts = {i: _rows_of(path, m, i, given) for i in again}
+        if 'tokenizer' in bad: save_tokenizer(teacher.tokenizer, path)
+        _build_missing(teacher, parts, path, m, m['generation'].get('batch_size', 64), progress)
+    return list(bad.values())
+
 @patch
-def stats(self:TeacherCache)->dict: # `examples`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split`
+def repair(self:TeacherCache,
+    teacher:TeacherSynthesizer, # The teacher that made it
+    prompts=None, # As given to `build_cache`; needed where a sidecar is lost
+)->list[str]: # What was wrong, and is no longer
+    "Make again what is damaged or missing, and nothing else"
+    self._open = {}
+    return repair_cache(teacher, self.path, prompts)
+
+# %% ../nbs/00c_cache.ipynb #5a5dae99
+@patch
+def stats(self:TeacherCache)->dict: # `codec`, `examples`, `skipped`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split` (examples)
     "Size of the cache"
-    paths = [shard_path(self.path, i) for i in range(len(self.manifest['shards']))]
-    n = sum(self._shard(i)[3][-1] for i in range(len(paths)))
-    by = {}
+    m,paths = self.manifest,[shard_path(self.path, i) for i in self.shards]
+    n,by = sum(self._shard(i)[3][-1] for i in self.shards),{}
     for i,j in self.index:
         k = self._shard(i)[4][j].get('split', 'all')
         by[k] = by.get(k, 0)+1
     size = sum(p.stat().st_size for p in paths)
-    return dict(examples=len(self), response_tokens=n, bytes=size, bytes_per_token=round(size/n, 1), by_split=by)
+    return dict(codec=m['dtype'] if m['codec']=='hidden' else m['codec'], examples=len(self), skipped=len(m.get('skipped', [])),
+        response_tokens=n, bytes=size, bytes_per_token=round(size/n, 1), by_split=by)
 
-# %% ../nbs/00c_cache.ipynb #6086a644
+# %% ../nbs/00c_cache.ipynb #895d8c20
 @patch
 def select(self:TeacherCache,
     **want # Columns and the value they must have, such as `split='train'`
@@ -373,13 +657,18 @@ def select(self:TeacherCache,
     "Examples whose prompt has these values"
     return [n for n,(i,j) in enumerate(self.index) if all(self._shard(i)[4][j].get(k)==v for k,v in want.items())]
 
-# %% ../nbs/00c_cache.ipynb #d263dfab
+# %% ../nbs/00c_cache.ipynb #0f54f0df
 @patch
 def lengths(self:TeacherCache)->list[int]: # Tokens of each example, prompt and response together
     "How long the examples are, so that batches can be made of similar ones"
-    return [b-a for i in range(len(self.manifest['shards'])) for a,b in zip(self._shard(i)[2], self._shard(i)[2][1:])]
+    return [b-a for i in self.shards for a,b in zip(self._shard(i)[2], self._shard(i)[2][1:])]
 
-# %% ../nbs/00c_cache.ipynb #6d56029f
+# %% ../nbs/00c_cache.ipynb #80a74c12
+def _whole(c, what):
+    "Refuse a cache `c` that has no full logits"
+    if c.gives not in ('hidden', 'logits'): raise ValueError(f"{what} needs whole distributions, and the codec {c.manifest['codec']!r} of {c.path.name} "
+        f"keeps {c.gives!r}: read cache[i]['{c.gives}'] instead, or build with codec='hidden' or 'transform'")
+
 @patch
 def fidelity(self:TeacherCache,
     teacher:TeacherSynthesizer, # The teacher that made it
@@ -387,12 +676,14 @@ def fidelity(self:TeacherCache,
     temperatures:tuple=(1, 2, 4), # At which the distributions are compared
 )->dict: # Temperature to KL(teacher || cache), nats per token
     "What the store lost, measured against the teacher itself"
+    _whole(self, 'fidelity')
     exs = [self[i] for i in range(min(n, len(self)))]
     h,_ = score_rows(teacher, [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in exs])
-    back = torch.cat([e['hidden'] for e in exs])
-    return {T: mean_kl(h.float(), back.float(), self.head, T) for T in temperatures}
+    back = torch.cat([e[self.gives] for e in exs])
+    if self.gives=='hidden': return {T: mean_kl(h.float(), back.float(), self.head, T) for T in temperatures}
+    return {T: kl_nats(self.head(h), back, T).mean().item() for T in temperatures}
 
-# %% ../nbs/00c_cache.ipynb #b4011529
+# %% ../nbs/00c_cache.ipynb #2f2aa346
 @patch
 def cache_lookup(self:TeacherSynthesizer,
     input_ids:Tensor, # `(B,L)`, rows of `self.cache`, padded on the right
@@ -401,6 +692,8 @@ def cache_lookup(self:TeacherSynthesizer,
     "Teacher signals for a batch, from the cache instead of a forward pass"
     c = self.cache
     if c is None: raise ValueError('no cache: set teacher.cache = TeacherCache(path), or call build_cache')
+    if c.gives!='hidden': raise ValueError(f"cache_lookup gives hidden states and logits, and the codec {c.manifest['codec']!r} keeps "
+        f"{c.gives!r}: train from batches of cache.collate, or build with codec='hidden' or 'transform'")
     if c.keys is None: c.keys = {tuple(c[i]['input_ids'].tolist()): i for i in range(len(c))}
     rows = [tuple(x[m.bool()].tolist()) for x,m in zip(input_ids, attention_mask)]
     if (new := [i for i,r in enumerate(rows) if r not in c.keys]): raise KeyError(f'rows {new} of the batch are not in the cache {c.path.name}')

