@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .codecs import CODECS, kl_nats, mean_kl
+from .sparse import CODECS, kl_nats, mean_kl
 from .synthesis import Head, TeacherSynthesizer, blank, context_of, head_of, pad, sha256_file, tokenizer_sha256
 
 # %% ../nbs/00c_cache.ipynb #27c7cccb
@@ -237,7 +237,7 @@ def check_head(teacher:TeacherSynthesizer, # Who is asked
 )->float: # KL(own logits || head's), nats per token
     "Does the output head alone reproduce the model's logits? Raises `CacheError` where not"
     x,head = torch.tensor([ex['input_ids']]),head_of(teacher.model)
-    if head.cap is not None and stores=='hidden': raise CacheError(f'this model caps its logits at {head.cap.item():g}, which no hidden state shows: '
+    if head.softcap is not None and stores=='hidden': raise CacheError(f'this model caps its logits at {head.softcap.item():g}, which no hidden state shows: '
         f'use a codec that stores logits, one of {[k for k,c in CODECS.items() if gives(c)!="hidden"]}')
     own = teacher.model(x.to(teacher.model.device)).logits[0]
     kl = kl_nats(own, head(teacher.score(x)['head_input'][0])).mean().item()

@@ -272,17 +272,17 @@ def generate(self:TeacherSynthesizer,
 
 # %% ../nbs/00_synthesis.ipynb #1fc067a8
 class Head(NamedTuple):
-    "An output head: logits are `z = h @ weight.T + bias`, or `cap*tanh(z/cap)`"
+    "An output head: logits are `z = h @ weight.T + bias`, or `softcap*tanh(z/softcap)`"
     weight:Tensor # `(V,d)`
     bias:Tensor|None=None # `(V,)`
-    cap:Tensor|None=None # `()`
+    softcap:Tensor|None=None # `()`
 
     def __call__(self,
         h:Tensor, # `(...,d)`
     )->Tensor: # `(...,V)` logits, fp32
         "Logits of hidden states `h`, computed in fp32 whatever the inputs are"
         z = nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        return z if self.cap is None else self.cap*(z/self.cap).tanh()
+        return z if self.softcap is None else self.softcap*(z/self.softcap).tanh()
 
 # %% ../nbs/00_synthesis.ipynb #cc733253
 def head_of(model:PreTrainedModel, # A causal language model

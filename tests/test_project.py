@@ -12,7 +12,8 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'cache', 'projection', 'student', 'width', 'loss', 'divergences', 'trainer', 'eval', 'export', 'recipes']
+ORDER = ['synthesis', 'codecs', 'sparse', 'cache', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'trainer', 'stages', 'eval', 'benchmarks',
+    'export', 'serving', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 
