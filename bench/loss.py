@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and peak memory of distillation losses, forward plus backward, each run in a fresh process.
 
-usage: loss.py [--tokens 2048] [--hidden 576] [--vocab 49152] [--k 50] [--pairs 3] [--threads 1 2] [--no-write]
+usage: loss.py [--tokens 2048] [--hidden 576] [--vocab 49152] [--k 50] [--pairs 3] [--threads 1 2] [--no-write] [--quick]
 
 Prints a Markdown table with ratios to plain cross-entropy, and writes it as the section "Loss" of RESULTS.md beside this file.
 Memory is the peak of resident memory during the call (VmHWM) less what was resident before it, with all inputs in place. Linux only.
@@ -36,7 +36,7 @@ def inputs(a):
 def sparse(hT, head, k):
     "Top-k targets, made a few rows at a time"
     parts = [top_k(head(o), k, T) for o in hT.split(128)]
-    return type(parts[0])(*map(torch.cat, zip(*parts)))
+    return parts[0]._replace(**{o: torch.cat([getattr(p, o) for p in parts]) for o in ('ids', 'logits', 'tail_lse')})
 
 def plain_ce(h, S, hT, Te, y, a): return lambda: F.cross_entropy(S(h), y, reduction='sum')
 
@@ -61,8 +61,13 @@ def ours_top_k_ce(h, S, hT, Te, y, a):
     kept = sparse(hT, Te, a.k)
     return lambda: linear_divergence(h, S, kept, T, y, kl=.9, ce=.1).loss
 
+def ours_reverse(h, S, hT, Te, y, a):
+    zt = Te(hT)
+    return lambda: linear_divergence(h, S, zt, T, divergence='reverse_kl').loss
+
 CONTENDERS = {'plain cross-entropy': plain_ce, 'kl_div on full logits, stored targets': textbook_kl, "ours, teacher's hidden states and head": ours_head,
-    'ours, stored dense logits': ours_dense, 'ours, top-k with bucket': ours_top_k, 'ours, top-k with bucket and cross-entropy': ours_top_k_ce}
+    'ours, stored dense logits': ours_dense, 'ours, top-k with bucket': ours_top_k, 'ours, top-k with bucket and cross-entropy': ours_top_k_ce,
+    'ours, stored dense logits, reverse KL': ours_reverse}
 
 def one(a):
     "One measured call in this process, after a small one that loads what torch loads late"
@@ -112,9 +117,11 @@ def main():
     for k,v in dict(tokens=2048, hidden=576, vocab=49152, k=50, pairs=3).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
     p.add_argument('--no-write', action='store_true', help='print only')
+    p.add_argument('--quick', action='store_true', help='one run each, on one thread, printed only')
     p.add_argument('--one', choices=CONTENDERS, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one: return one(a)
+    if a.quick: a.pairs,a.threads,a.no_write = 1,[1],True
     text = section(a, [table(measure(a, n), n) for n in a.threads])
     print(text)
     if not a.no_write: write(text)
