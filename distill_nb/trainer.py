@@ -9,8 +9,8 @@ __all__ = ['train_distillation', 'tail_at', 'teacher_target', 'Distiller', 'Stag
            'spike_bound', 'find_spikes', 'token_mean', 'KLMonitor', 'Recorder', 'engine', 'Callback', 'adamw',
            'DistillTrainer', 'to_device', 'example_kls', 'Evaluate', 'held_out', 'EarlyStopping', 'KeepBest']
 
-# %% ../nbs/03_trainer.ipynb #76796690
-import contextlib, distill_nb.divergences as divergences, functools, itertools, json, math, os
+# %% ../nbs/03_trainer.ipynb #f211071d
+import contextlib, functools, itertools, json, math, os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .cache import CacheError, TeacherCache, load_tensors, replace_file, save_tensors, sha256_json
+from .divergences import Sampled, TopK
 from .loss import DistillationLoss, LinearDivergence, hidden_loss, linear_divergence
 from .student import Unfreeze, check_pair
 from .synthesis import Head, TeacherSynthesizer, head_input, seeded
@@ -72,7 +73,7 @@ def tail_at(cache:TeacherCache, # With a sparse codec
     if not at: raise ValueError(f'the cache knows the weight of the tail at T = {known}, not at {temperature}: set the temperature to one of these, or build a cache with {temperature} among its temperatures')
     return at[0]
 
-# %% ../nbs/03_trainer.ipynb #9b4feb4b
+# %% ../nbs/03_trainer.ipynb #7167a43c
 def teacher_target(cache:TeacherCache, # Where the batch is from
     batch:dict, # From `cache.collate`
     temperature:float, # T of the loss
@@ -83,9 +84,9 @@ def teacher_target(cache:TeacherCache, # Where the batch is from
     if 'teacher_logits' in batch: return batch['teacher_logits']
     if 'teacher_topk' in batch:
         o = batch['teacher_topk']
-        return divergences.TopK(o.ids, o.logits, o.tails[:,tail_at(cache, temperature)])
+        return TopK(o.ids, o.logits, o.tails[:,tail_at(cache, temperature)], temperature)
     if temperature!=1: raise ValueError(f'the cache holds samples of the teacher at T = 1, not at {temperature}: set the temperature to 1')
-    return divergences.Sampled(*batch['teacher_counts'])
+    return Sampled(*batch['teacher_counts'])
 
 # %% ../nbs/03_trainer.ipynb #71421223
 class Distiller(nn.Module):
@@ -154,7 +155,7 @@ def forward(self:Distiller,
     return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=s.temperature**2*d.kl.sum(), n=len(d.kl),
         feature=None if f is None else f.detach())
 
-# %% ../nbs/03_trainer.ipynb #436f26bf
+# %% ../nbs/03_trainer.ipynb #fe2f87bb
 @dataclass
 class Stage:
     "A part of a run with its own loss and learning rate"
@@ -181,7 +182,7 @@ class Stage:
         if self.targets=='text': return DistillationLoss(self.temperature, alpha=0., ce=1.)
         return DistillationLoss(self.temperature, self.alpha, self.divergence, self.ce)
 
-# %% ../nbs/03_trainer.ipynb #99d45020
+# %% ../nbs/03_trainer.ipynb #c9d76073
 def stage_at(stages:list, # Of `Stage`
     step:int, # Steps done so far
 )->tuple[int, int]: # Number of the stage, and steps done in it
@@ -191,7 +192,7 @@ def stage_at(stages:list, # Of `Stage`
         step -= s.steps
     return len(stages)-1,stages[-1].steps
 
-# %% ../nbs/03_trainer.ipynb #51e2385e
+# %% ../nbs/03_trainer.ipynb #88403ed5
 def lr_at(stage:Stage, # The stage
     k:int, # Steps done in it
 )->float: # Learning rate of the next step
@@ -201,7 +202,7 @@ def lr_at(stage:Stage, # The stage
     gone = (k-w+1)/(stage.steps-w+1)
     return stage.lr*(1-gone if stage.decay=='linear' else .5*(1+math.cos(math.pi*gone)))
 
-# %% ../nbs/03_trainer.ipynb #47cb4bde
+# %% ../nbs/03_trainer.ipynb #07b2ba5b
 @functools.lru_cache(2)
 def epoch_batches(lengths:tuple, # Tokens of each example
     batch_size:int, # Examples per batch
@@ -215,7 +216,7 @@ def epoch_batches(lengths:tuple, # Tokens of each example
         batches = [b for p in pools for b in chunked(p, batch_size) if len(b)==min(batch_size, len(lengths))]
         return [batches[i] for i in torch.randperm(len(batches))]
 
-# %% ../nbs/03_trainer.ipynb #4fb69458
+# %% ../nbs/03_trainer.ipynb #c72fd1b8
 def spike_bound(
     past:list[float], # KL of the steps before
     k:float=6., # Robust standard deviations that make a spike
@@ -225,7 +226,7 @@ def spike_bound(
     m = median(past)
     return m + k*1.4826*max(median(abs(o-m) for o in past), 1e-3*abs(m))
 
-# %% ../nbs/03_trainer.ipynb #501f1f9a
+# %% ../nbs/03_trainer.ipynb #d8efe7fe
 def find_spikes(
     kl:list[float], # KL of each step
     window:int=20, # Steps of the past to compare with
@@ -234,14 +235,14 @@ def find_spikes(
     "Steps whose KL is far above the median of the steps before"
     return [i for i in range(len(kl)) if kl[i]>spike_bound(kl[max(0, i-window):i], k)]
 
-# %% ../nbs/03_trainer.ipynb #7dcf0aea
+# %% ../nbs/03_trainer.ipynb #108ff660
 def token_mean(
     examples:list, # Of (number, mean KL in nats per token, target tokens)
 )->float: # Nats per token; 0 without tokens
     "KL of several examples together"
     return sum(kl*n for _,kl,n in examples)/max(sum(n for *_,n in examples), 1)
 
-# %% ../nbs/03_trainer.ipynb #57b3697f
+# %% ../nbs/03_trainer.ipynb #166f94b5
 class KLMonitor:
     "Says of each step whether it is in order, and what to do with one that is not"
     def __init__(self,
@@ -254,7 +255,7 @@ class KLMonitor:
         if policy not in ('log', 'skip', 'rollback', 'stop'): raise ValueError(f"policy is {policy!r}: use 'log', 'skip', 'rollback' or 'stop'")
         self.policy,self.window,self.k,self.shrink = policy,window,k,shrink
 
-# %% ../nbs/03_trainer.ipynb #534ce875
+# %% ../nbs/03_trainer.ipynb #e95128b9
 @patch
 def judge(self:KLMonitor,
     rows:list[dict], # Records of the steps before
@@ -267,7 +268,7 @@ def judge(self:KLMonitor,
     rest = sorted(row['examples'], key=lambda o: o[1])[:-1]
     return 'example' if rest and token_mean(rest)<=bound else 'batch'
 
-# %% ../nbs/03_trainer.ipynb #2aa56016
+# %% ../nbs/03_trainer.ipynb #e33f2d6f
 class Recorder:
     "What happened at each step, and its picture"
     def __init__(self):
@@ -280,7 +281,7 @@ class Recorder:
         "A column of the record"
         return [r[key] for r in self.rows]
 
-# %% ../nbs/03_trainer.ipynb #79bb1b11
+# %% ../nbs/03_trainer.ipynb #ede293de
 @patch
 def plot_kl(self:Recorder,
     ax=None, # Axes to draw on; default: new ones
@@ -306,7 +307,7 @@ def plot_kl(self:Recorder,
     ax.legend()
     return ax
 
-# %% ../nbs/03_trainer.ipynb #d04de5c3
+# %% ../nbs/03_trainer.ipynb #c41bb657
 def engine(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
     device:str=None, # 'cpu' to stay there; default: the GPU if there is one
@@ -322,7 +323,7 @@ def engine(
     if parse_flag_from_env('ACCELERATE_USE_FSDP'): raise RuntimeError('FSDP was asked for, and this trainer does not shard: unset ACCELERATE_USE_FSDP')
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
 
-# %% ../nbs/03_trainer.ipynb #017f7963
+# %% ../nbs/03_trainer.ipynb #f290df59
 class Callback:
     "Something that happens at events of a run"
     def before_fit(self,
@@ -342,7 +343,7 @@ class Callback:
     ):
         "The run is over"
 
-# %% ../nbs/03_trainer.ipynb #abd4d186
+# %% ../nbs/03_trainer.ipynb #380eb806
 def adamw(params, # Parameters
     weight_decay:float=.01, # Of matrices; vectors (norms, biases) do not decay
 )->torch.optim.AdamW: # With a learning rate of 0
@@ -350,7 +351,7 @@ def adamw(params, # Parameters
     groups = [[p for p in params if (p.ndim>1)==wide] for wide in (True, False)]
     return torch.optim.AdamW([dict(params=g, weight_decay=w) for g,w in zip(groups, (weight_decay, 0.)) if g], lr=0., betas=(.9, .95), fused=True)
 
-# %% ../nbs/03_trainer.ipynb #92acd3be
+# %% ../nbs/03_trainer.ipynb #7359794f
 class DistillTrainer:
     "Train a `Distiller` in stages, record its KL, survive interruptions"
     def __init__(self,
@@ -384,7 +385,7 @@ class DistillTrainer:
         self.names = {n: p for n,p in distiller.named_parameters() if p.requires_grad}
         self.opt = adamw(self.names.values(), weight_decay)
 
-# %% ../nbs/03_trainer.ipynb #7e0792eb
+# %% ../nbs/03_trainer.ipynb #67986c8b
 @patch
 def event(self:DistillTrainer,
     name:str, # 'before_fit', 'before_step', 'after_step' or 'after_fit'
@@ -394,7 +395,7 @@ def event(self:DistillTrainer,
         if isinstance(f, Callback): getattr(f, name)(self)
         elif name=='after_step': f(self)
 
-# %% ../nbs/03_trainer.ipynb #d0443d1c
+# %% ../nbs/03_trainer.ipynb #949445d6
 @patch
 def window(self:DistillTrainer,
     step:int, # Steps done so far
@@ -408,15 +409,16 @@ def window(self:DistillTrainer,
     pos = range(step*per_step+rank, (step+1)*per_step, n_procs)
     return [[self.indices[j] for j in epoch_batches(lengths, self.batch_size, self.seed, p//per_epoch)[p%per_epoch]] for p in pos]
 
-# %% ../nbs/03_trainer.ipynb #0af2ad00
+# %% ../nbs/03_trainer.ipynb #5f29e125
 def to_device(o, # Tensor, or a dict or named tuple of such
     device:torch.device, # Where to
 ): # The same, there
     "Move a batch"
     if isinstance(o, dict): return {k: to_device(v, device) for k,v in o.items()}
-    return type(o)(*(to_device(v, device) for v in o)) if isinstance(o, tuple) else o.to(device)
+    if isinstance(o, tuple): return type(o)(*(to_device(v, device) for v in o))
+    return o.to(device) if isinstance(o, Tensor) else o
 
-# %% ../nbs/03_trainer.ipynb #39621dd4
+# %% ../nbs/03_trainer.ipynb #0082b163
 @patch
 def open_layers(self:DistillTrainer,
     stage:Stage, # The stage
@@ -427,7 +429,7 @@ def open_layers(self:DistillTrainer,
     for n,p in self.names.items(): p.requires_grad_(not (stage.unfreeze and n.startswith('student.')) or n.removeprefix('student.') in opened)
     return sum(p.numel() for p in self.names.values() if p.requires_grad)
 
-# %% ../nbs/03_trainer.ipynb #68084d33
+# %% ../nbs/03_trainer.ipynb #d775065a
 def example_kls(batch:dict, # From `cache.collate`
     kl:Tensor, # `(N,)`, of its target tokens
 )->list[list]: # [number of the example, its mean KL in nats per token, its target tokens]
@@ -437,7 +439,7 @@ def example_kls(batch:dict, # From `cache.collate`
     n = where.bincount(minlength=len(sums))
     return [list(o) for o in zip(batch['index'].tolist(), (sums/n.clamp(min=1)).tolist(), n.tolist())]
 
-# %% ../nbs/03_trainer.ipynb #2d352b7f
+# %% ../nbs/03_trainer.ipynb #31c6baf1
 @patch
 def gradients(self:DistillTrainer,
     step:int, # Steps done so far
@@ -459,7 +461,7 @@ def gradients(self:DistillTrainer,
     return dict(step=step, stage=stage.name, loss=total(lambda o: o['loss'].detach()), kl=total(lambda o: o['kl'].sum())/n, agree=total(lambda o: o['agree'].sum())/n,
         n_tokens=n, grad_norm=norm, examples=gather_object([e for b,o in zip(window, outs) for e in example_kls(b, o['kl'])])) | sums
 
-# %% ../nbs/03_trainer.ipynb #fdc6e0d7
+# %% ../nbs/03_trainer.ipynb #8730a0b0
 @patch
 def update(self:DistillTrainer,
     row:dict, # Record of this step
@@ -474,7 +476,7 @@ def update(self:DistillTrainer,
         for n,a in self.averages.items(): a.lerp_(self.names[n].detach(), 1-keep)
     if scaler: scaler.update()
 
-# %% ../nbs/03_trainer.ipynb #35fdb018
+# %% ../nbs/03_trainer.ipynb #9aec8c55
 @patch
 @contextlib.contextmanager
 def averaged(self:DistillTrainer):
@@ -487,7 +489,7 @@ def averaged(self:DistillTrainer):
     try: yield self
     finally: _put(own)
 
-# %% ../nbs/03_trainer.ipynb #99bd83c0
+# %% ../nbs/03_trainer.ipynb #a7a8cdd9
 @patch
 def one_step(self:DistillTrainer,
     step:int, # Steps done so far
@@ -505,7 +507,7 @@ def one_step(self:DistillTrainer,
     self.opt.zero_grad()
     return row
 
-# %% ../nbs/03_trainer.ipynb #0ee4797b
+# %% ../nbs/03_trainer.ipynb #95c330a5
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed"
@@ -513,7 +515,7 @@ def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must 
     shapes = {n: list(p.shape) for n,p in self.names.items()}
     return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, shapes=shapes) | numbers)
 
-# %% ../nbs/03_trainer.ipynb #aa2036f0
+# %% ../nbs/03_trainer.ipynb #47912953
 @patch
 def save(self:DistillTrainer,
     step:int, # Steps done
@@ -529,13 +531,13 @@ def save(self:DistillTrainer,
         p.with_suffix('.json').unlink(missing_ok=True)
         p.unlink(missing_ok=True)
 
-# %% ../nbs/03_trainer.ipynb #0f506cb6
+# %% ../nbs/03_trainer.ipynb #d204edb9
 @patch
 def checkpoints(self:DistillTrainer)->list[Path]: # Newest first
     "Tensor files of the checkpoints in the run's folder; one of the two files of each may be missing"
     return sorted({p.with_suffix('.safetensors') for p in self.out.glob('checkpoint-*')}, reverse=True)
 
-# %% ../nbs/03_trainer.ipynb #14a99312
+# %% ../nbs/03_trainer.ipynb #a34c8b1b
 @patch
 def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
     "Go back to the newest whole checkpoint of this run"
@@ -558,7 +560,7 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
         return meta['step']
     return 0
 
-# %% ../nbs/03_trainer.ipynb #123ea37f
+# %% ../nbs/03_trainer.ipynb #39c924a4
 @patch
 def write_history(self:DistillTrainer,
     row:dict=None, # Line to append; default: write the file anew, one line for each row of the record
@@ -569,7 +571,7 @@ def write_history(self:DistillTrainer,
     if row is None: return replace_file(path, lambda p: p.write_text(''.join(map(line, self.recorder.rows))))
     with open(path, 'a') as f: f.write(line(row))
 
-# %% ../nbs/03_trainer.ipynb #15a7582d
+# %% ../nbs/03_trainer.ipynb #77f623b2
 @patch
 def react(self:DistillTrainer,
     row:dict, # Record of a step that is not in order
@@ -587,7 +589,7 @@ def react(self:DistillTrainer,
     self.write_history()
     return step
 
-# %% ../nbs/03_trainer.ipynb #8371883a
+# %% ../nbs/03_trainer.ipynb #a5769e72
 @patch
 def advance(self:DistillTrainer,
     step:int, # Steps done so far
@@ -603,7 +605,7 @@ def advance(self:DistillTrainer,
     if self.accelerator.is_main_process and (step%self.save_every==0 or step==self.total or self.stop): self.save(step)
     return step
 
-# %% ../nbs/03_trainer.ipynb #f101f0d7
+# %% ../nbs/03_trainer.ipynb #9bac8ebd
 @patch
 def begin(self:DistillTrainer,
     resume:str|bool, # As in `fit`
@@ -619,7 +621,7 @@ def begin(self:DistillTrainer,
     self.model = acc.prepare(self.distiller)
     return step
 
-# %% ../nbs/03_trainer.ipynb #cef3eee0
+# %% ../nbs/03_trainer.ipynb #936264bf
 @patch
 def fit(self:DistillTrainer,
     resume:str|bool='auto', # 'auto': go on from the newest checkpoint in `out`, if there is one; False: start anew
@@ -640,7 +642,7 @@ def fit(self:DistillTrainer,
     self.event('after_fit')
     return self.recorder
 
-# %% ../nbs/03_trainer.ipynb #282a90ff
+# %% ../nbs/03_trainer.ipynb #8be92fbb
 class Evaluate(Callback):
     "Measure something every few steps, and at the end"
     def __init__(self,
@@ -658,7 +660,7 @@ class Evaluate(Callback):
         row = tr.recorder.rows[-1]
         if (row['step']+1)%self.every==0 or row['step']+1==tr.total: row[self.key] = self.fn(tr)
 
-# %% ../nbs/03_trainer.ipynb #49b3c7c6
+# %% ../nbs/03_trainer.ipynb #9ebfc93d
 @torch.no_grad()
 def held_out(distiller:Distiller, # Whose student is judged
     indices:list[int], # Examples of its cache
@@ -671,7 +673,7 @@ def held_out(distiller:Distiller, # Whose student is judged
     try: return [e for b in batches for e in example_kls(b, distiller(to_device(b, dev))['kl'])]
     finally: distiller.train(mode).loss = loss
 
-# %% ../nbs/03_trainer.ipynb #c1c7588d
+# %% ../nbs/03_trainer.ipynb #20e08203
 class EarlyStopping(Callback):
     "Stop when a number of the record has not fallen for some measurements"
     def __init__(self,
@@ -688,7 +690,7 @@ class EarlyStopping(Callback):
         past = [r[self.key] for r in tr.recorder.rows if self.key in r]
         if past and len(past)-1-past.index(min(past))>=self.patience: tr.stop = True
 
-# %% ../nbs/03_trainer.ipynb #dc4d1edc
+# %% ../nbs/03_trainer.ipynb #2c6bdc9d
 class KeepBest(Callback):
     "Keep the weights with the least value of a number, and end with them"
     def __init__(self,

@@ -8,12 +8,12 @@ import pytest, torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import distill_nb.cache, distill_nb.divergences as divergences, distill_nb.trainer
+import distill_nb.cache, distill_nb.trainer
 from distill_nb.cache import TeacherCache, build_cache
 from distill_nb.loss import DistillationLoss
 from distill_nb.projection import ProjectionHead
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, weights_sha256
-from distill_nb.trainer import Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, teacher_target, token_mean, train_distillation
+from distill_nb.trainer import Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, token_mean, train_distillation
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -283,11 +283,5 @@ def test_loss_scaling(root, monkeypatch):
     again = make(root, 'overscaled', stages=stages, save_every=6)
     fit(again)
     assert again.accelerator.scaler.get_scale()==now
-
-@pytest.mark.skipif(not hasattr(divergences, 'Sampled'), reason='no sampled targets')
-def test_counts_become_a_sampled_target():
-    class Counts(tuple): pass
-    t = teacher_target(None, dict(teacher_counts=Counts((torch.tensor([[1, 4]]), torch.tensor([[.3, .7]])))), 1.)
-    assert type(t) is divergences.Sampled and torch.equal(t.ids, torch.tensor([[1, 4]])) and torch.equal(t.weights, torch.tensor([[.3, .7]]))
 
 if __name__=='__main__': dict(kill=kill, two=two)[sys.argv[1]](Path(sys.argv[2]))
