@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .sparse import CODECS, kl_nats, mean_kl
+from .codecs import kl_nats, mean_kl
+from .sparse import CODECS
 from .synthesis import Head, TeacherSynthesizer, blank, context_of, head_of, pad, sha256_file, tokenizer_sha256
 
 # %% ../nbs/00c_cache.ipynb #27c7cccb
