@@ -202,7 +202,14 @@ class _ByAutograd(NamedTuple):
     f:object # called as f(student_logits, teacher_logits, T), returns a number per token
     buffers = 2
 
-    def kl_(self, z, r, T, low, _, zt):
+    def kl_(self,
+        z:Tensor, # (C, V), the student's logits; left divided by T
+        r:slice, # which rows of the target
+        T:float|Tensor, # temperature, or a column (C, 1) of them
+        low:Tensor, # (C, V) or None, for products in fewer bits
+        _, # (C, V), scratch that is not needed here
+        zt:Tensor, # (C, V), left as the teacher's logits
+    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
         "Divergence of a chunk, with its graph"
         T_ = T[:,0] if isinstance(T, Tensor) else T
         self.fill(r, zt, low)
@@ -212,7 +219,11 @@ class _ByAutograd(NamedTuple):
         z.div_(T)
         return d.detach(), kl, agree, (x,d,T)
 
-    def diff_(self, log_p, r, state):
+    def diff_(self,
+        log_p:Tensor, # (C, V), overwritten
+        r:slice, # which rows of the target
+        state:tuple, # fourth result of `kl_`
+    )->Tensor: # (C, V), the gradient times T, in the same storage
         "Gradient of a chunk, times T, in place"
         x,d,T = state
         return log_p.copy_(torch.autograd.grad(d, x, torch.ones_like(d))[0]).mul_(T)

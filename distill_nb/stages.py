@@ -104,7 +104,7 @@ def compare(self:SelfDistiller,
     d = super(SelfDistiller, self).compare(h, labels, batch, kl*(1-self.mix))
     own = self.own.collate([self.own[self.where[i]] for i in batch['index'].tolist()])
     target = teacher_target(self.own, to_device(own, h.device), T, Head(self.own_weight, self.own_bias))
-    o = linear_divergence(h, self.student.get_output_embeddings(), target, T, kl=kl*self.mix)
+    o = linear_divergence(h, self.head(), target, T, kl=kl*self.mix)
     return d._replace(loss=d.loss+o.loss)
 
 # %% ../nbs/03a_stages.ipynb #7a2d1e42

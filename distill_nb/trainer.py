@@ -84,9 +84,9 @@ def teacher_target(cache:TeacherCache, # Where the batch is from
     if 'teacher_logits' in batch: return batch['teacher_logits']
     if 'teacher_topk' in batch:
         o = batch['teacher_topk']
-        return TopK(o.ids, o.logits, o.tails[:,tail_at(cache, temperature)], temperature)
+        return TopK(o.ids, o.logits, o.tails[:,tail_at(cache, temperature)], temperature, len(cache.head.weight))
     if temperature!=1: raise ValueError(f'the cache holds samples of the teacher at T = 1, not at {temperature}: set the temperature to 1')
-    return Sampled(*batch['teacher_counts'])
+    return Sampled(*batch['teacher_counts'], len(cache.head.weight))
 
 # %% ../nbs/03_trainer.ipynb #71421223
 class Distiller(nn.Module):
@@ -99,11 +99,11 @@ class Distiller(nn.Module):
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
-        self.student,self.cache,self.loss,self.balance = student,cache,loss,1.
+        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)
         self.layer_map = {s: t for s,(t,_) in (projections or {}).items()}
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
-        head = cache.head if getattr(cache.codec, 'gives', 'hidden')=='hidden' else Head(None)
+        head = cache.head if cache.gives=='hidden' else Head(None)
         self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
 
@@ -133,7 +133,7 @@ def compare(self:Distiller,
     s,head = self.loss,Head(self.weight, self.bias) if self.weight is not None else None
     kw = {} if s.divergence=='forward_kl' else dict(divergence=s.divergence)
     target = teacher_target(self.cache, batch, s.temperature, head)
-    return linear_divergence(h, self.student.get_output_embeddings(), target, s.temperature, labels, kl=kl, ce=s.ce, **kw)
+    return linear_divergence(h, self.head(), target, s.temperature, labels, kl=kl, ce=s.ce, **kw)
 
 # %% ../nbs/03_trainer.ipynb #8ee46bd3
 @patch
