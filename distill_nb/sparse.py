@@ -424,17 +424,17 @@ def advice(rows:list[dict], # From `fidelity`
     k = max(near, key=lambda r: r['bytes'])
     return f"{line} {k['codec']} ({k['bytes']:.0f} bytes) is off by {k['kl'][T]:.1e} nats at T = {T:g}."
 
-# %% ../nbs/00b_sparse.ipynb #c6cdd007
+# %% ../nbs/00b_sparse.ipynb #e270e24b
 def plot_fidelity(rows:list[dict], # From `fidelity`
     temperatures:tuple=(1, 2), # A panel each
 )->plt.Figure: # Bytes against nats
     "What a byte buys"
-    fig,axs = plt.subplots(1, len(temperatures), figsize=(5*len(temperatures), 4), sharey=True, squeeze=False)
+    fig,axs = plt.subplots(1, len(temperatures), figsize=(5*len(temperatures), 4), sharey=True, squeeze=False, layout='constrained')
     for ax,T in zip(axs[0], temperatures):
         for i,n in enumerate(dict.fromkeys(r['codec'].split()[0] for r in rows)):
             pts = [(r['bytes'], max(r['kl'][T], 1e-8)) for r in rows if r['codec'].split()[0]==n]
             if math.isfinite(pts[0][1]): ax.loglog(*zip(*pts), 'o-', color=f'C{i}', label=n)
             elif T==1: ax.axvline(pts[0][0], color=f'C{i}', ls=':', label=f'{n}: no KL, right on the average')
         ax.set(xscale='log', yscale='log', xlabel='bytes per token', ylabel='KL(teacher || store), nats per token', title=f'T={T:g}')
-    axs[0,0].legend(fontsize=7)
+    fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=7, fontsize=8)
     return fig
