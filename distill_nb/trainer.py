@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from .cache import CacheError, TeacherCache, load_tensors, replace_file, save_tensors, sha256_json
 from .divergences import Sampled, TopK
-from .loss import DistillationLoss, LinearDivergence, hidden_loss, linear_divergence
+from .loss import DistillationLoss, LinearDivergence, OutputHead, hidden_loss, linear_divergence, output_head
 from .student import Unfreeze, check_pair
 from .synthesis import Head, TeacherSynthesizer, head_input, seeded
 
@@ -99,7 +99,7 @@ class Distiller(nn.Module):
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
-        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)
+        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)[2:]
         self.layer_map = {s: t for s,(t,_) in (projections or {}).items()}
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
@@ -120,6 +120,13 @@ def features(self:Distiller,
         a,b,head = hidden_states[s][mask],batch['teacher_layers'][t].to(self.student.dtype),self.heads[str(s)]
         res.append(hidden_loss(head(a), b) if head.direction=='student_to_teacher' else hidden_loss(a, head(b)))
     return torch.stack(res).mean(0)
+
+# %% ../nbs/03_trainer.ipynb #6c8f9736
+@patch
+def head(self:Distiller)->OutputHead: # Its weights are the student's own
+    "The student's output head, with what its model does to the logits"
+    m = self.student.get_output_embeddings()
+    return OutputHead(m.weight, m.bias, *self.bend)
 
 # %% ../nbs/03_trainer.ipynb #2e423236
 @patch
