@@ -10,7 +10,7 @@ __all__ = ['FIELDS', 'SHAPES', 'BYTES', 'SPEEDS', 'SHARE', 'COMMANDS', 'EPILOG',
            'projection_cost', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits', 'reference',
            'init', 'compare_reports', 'parser', 'command', 'obstacles', 'verify', 'look', 'main']
 
-# %% ../nbs/06a_plan.ipynb #234affe5
+# %% ../nbs/06a_plan.ipynb #0ae94846
 import argparse, inspect, json, math, re, sys
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch, yaml
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .cache import CacheError, TeacherCache
+from .cache import CacheError, TeacherCache, repair_cache
 from .eval import Report, recovered
 from .recipes import Config, Run, check_models, precision, preset, prompt_rows, run, tables
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
@@ -62,12 +62,15 @@ class Sizes(NamedTuple):
     lowest:int # Lowest block that the backward pass must reach
     head:bool # Does the output head train?
 
-# %% ../nbs/06a_plan.ipynb #af7ef4e3
+# %% ../nbs/06a_plan.ipynb #e366f3a4
 def student_sizes(config:Config, # What is planned
 )->Sizes: # Of its student, with frozen and adapted parts
     "Make the student of a configuration, without memory, and count"
     s = config.student
-    model = empty_model(cut_config(shape(config.teacher.model_id), range(s.prune.n_layers)) if s.prune else shape(s.model_id))
+    c = cut_config(shape(config.teacher.model_id), range(s.prune.n_layers)) if s.prune else shape(s.model_id)
+    for k in ('intermediate_size', 'num_attention_heads'):
+        if s.prune and getattr(s.prune, k): setattr(c, k, getattr(s.prune, k))
+    model = empty_model(c)
     model = add_lora(model, s.lora.r, s.lora.alpha, s.freeze_below) if s.lora else freeze_below(model, s.freeze_below)
     opened = Unfreeze(s.unfreeze).names(model, 1.) if s.unfreeze else {n for n,_ in model.named_parameters()}
     moves = {id(p): p for n,p in model.named_parameters() if p.requires_grad and n in opened}
@@ -116,8 +119,8 @@ def teacher_memory(config:Config, # What is planned
     return dict(weights=width*empty_model(c).num_parameters(), keys_and_values=2*width*c.num_hidden_layers*c.num_key_value_heads*w*n*length,
         captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24))
 
-# %% ../nbs/06a_plan.ipynb #f04eade9
-BYTES = dict(bf16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
+# %% ../nbs/06a_plan.ipynb #26c775a0
+BYTES = dict(bf16=lambda d, nats: 2*d, fp16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, fp8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
 
 def token_bytes(config:Config, # What is planned
     n_layers:int=0, # More hidden states, in bf16
@@ -243,7 +246,7 @@ def __str__(self:Plan):
     return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
 
-# %% ../nbs/06a_plan.ipynb #13c820a8
+# %% ../nbs/06a_plan.ipynb #25074bfc
 def reference(table:type=Config, # Where to start
     depth:int=1, # Of its keys in the file
 )->list[str]: # Lines of YAML; a key without a default has no value
@@ -306,7 +309,7 @@ EPILOG = '''a first run:
 
 presets: '''
 
-# %% ../nbs/06a_plan.ipynb #902735eb
+# %% ../nbs/06a_plan.ipynb #63803984
 ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student and report (default: demo)'))],
     init=[('preset', dict(nargs='?', default='demo', help='name of a preset (default: demo)')), ('--to', dict(metavar='FILE', help='file to write (default: the name of the preset)'))],
     plan=[('path', dict(help='YAML file')), ('--cpu', dict(action='store_true', help='plan for a CPU')),
@@ -314,7 +317,8 @@ ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student
         ('--gbps', dict(type=float, help='bandwidth of its memory, GB/s (default: 2000 and 20)'))],
     run=[('path', dict(help='YAML file')), ('--dry-run', dict(action='store_true', help='check everything, print the plan, run nothing'))],
     compare=[('path', dict(nargs='+', help='folder of a run or of a report'))],
-    **{k: [('path', dict(help='folder of the cache'))] for k in ('stats', 'verify')}, **{k: [('path', dict(help='YAML file'))] for k in ('synth', 'train', 'eval', 'export')})
+    stats=[('path', dict(help='folder of the cache'))],
+    verify=[('path', dict(help='folder of the cache')), ('--repair', dict(metavar='FILE', help='YAML file that it was made by: make again what is damaged'))], **{k: [('path', dict(help='YAML file'))] for k in ('synth', 'train', 'eval', 'export')})
 
 # %% ../nbs/06a_plan.ipynb #bbb87e4c
 def parser()->argparse.ArgumentParser: # Of the `distill` command
@@ -352,19 +356,22 @@ def obstacles(config:Config, # What is planned
         except (ValueError, OSError) as e: res.append(str(e))
     return res
 
-# %% ../nbs/06a_plan.ipynb #d220d62f
+# %% ../nbs/06a_plan.ipynb #6b56eee3
 def verify(path:str, # Folder of a cache
-)->int: # Number of damaged files
+    repair:str=None, # The YAML file that it was made by: what is wrong is made again
+)->int: # Number of files that are still damaged
     "Check every byte of a cache, and say what is wrong"
-    bad = TeacherCache(path).verify()
+    c = Config.from_yaml(repair) if repair else None
+    bad = repair_cache(Run(c).load_teacher(), path, prompt_rows(c.prompts)) if c else TeacherCache(path, partial=True).verify()
     print('\n'.join(bad) or f'{path}: whole')
-    return len(bad)
+    if c and bad: print(f'{path}: made again, and whole')
+    return 0 if c else len(bad)
 
-# %% ../nbs/06a_plan.ipynb #6f10ac4d
+# %% ../nbs/06a_plan.ipynb #d7fc3d62
 def look(a:argparse.Namespace, # From `parser`
 )->int: # Exit status
     "Do a command that trains nothing"
-    if a.command=='verify': return int(verify(a.path)>0)
+    if a.command=='verify': return int(verify(a.path, a.repair)>0)
     if a.command=='init': print(f'{init(a.preset, a.to)}: change it, then `distill plan` and `distill run`')
     if a.command=='compare': print(compare_reports(a.path))
     if a.command=='stats':

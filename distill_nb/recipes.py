@@ -6,11 +6,11 @@ Docs: https://example.org/distill_nb/recipes.html.md"""
 
 # %% auto #0
 __all__ = ['ANSWER', 'TEACHER_NAME', 'Table', 'Synthesis', 'Teacher', 'Prune', 'Projection', 'Lora', 'Student', 'Loss',
-           'Optimizer', 'Schedule', 'Memory', 'Monitor', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Config',
-           'Loader', 'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'rules', 'preset', 'model_path',
-           'model_config', 'precision', 'check_models', 'Run', 'machine', 'prompt_rows', 'run']
+           'Optimizer', 'Schedule', 'Memory', 'Monitor', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Export',
+           'Config', 'Loader', 'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'rules', 'preset',
+           'model_path', 'model_config', 'precision', 'check_models', 'Run', 'machine', 'prompt_rows', 'run']
 
-# %% ../nbs/06_recipes.ipynb #069a9c19
+# %% ../nbs/06_recipes.ipynb #34142bb4
 import contextlib, difflib, gc, json, platform, re, subprocess, sys, threading, time
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from .cache import TeacherCache, as_rows, build_cache, load_json, save_json, sha256_json
 from .eval import Report, Scores, evaluate
-from .export import check_parity, export_safetensors, model_card
+from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
+from .serving import check_gguf
 from .student import Unfreeze, add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, load_prompts
 from .trainer import Distiller, DistillTrainer, KLMonitor, Stage
+from .width import prune_width
 
 # %% ../nbs/06_recipes.ipynb #b5279115
 class Table(BaseModel):
@@ -42,22 +44,24 @@ class Synthesis(Table):
     batch_size:int = Field(64, gt=0) # prompts written together
     seed:int = 0
 
-# %% ../nbs/06_recipes.ipynb #0244a81b
+# %% ../nbs/06_recipes.ipynb #b0a77108
 class Teacher(Table):
     "Who is asked"
     model_id:str = 'embedded' # folder, hub id, or 'embedded'
     cache_dir:str # where its answers are kept
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # 'auto': as stored on a GPU, else what is fast
-    store:Literal['bf16', 'int8', 'transform'] = 'bf16' # how the cache keeps its hidden states
+    store:Literal['bf16', 'fp16', 'int8', 'fp8', 'transform'] = 'bf16' # how the cache keeps its hidden states
     nats:float = Field(1e-2, gt=0) # for 'transform': KL(teacher || cache) that is acceptable, nats per token
     synthesis:Synthesis = Synthesis()
 
-# %% ../nbs/06_recipes.ipynb #dd857267
+# %% ../nbs/06_recipes.ipynb #d6f9eb05
 class Prune(Table):
     "A student made of the teacher's own blocks"
     n_layers:int = Field(gt=0) # blocks to keep
     how:Literal['kl', 'influence', 'uniform'] = 'kl'
     n_prompts:int = Field(8, gt=0) # training examples that decide what goes
+    intermediate_size:int|None = Field(None, gt=0) # neurons to keep in each block; default: all
+    num_attention_heads:int|None = Field(None, gt=0) # heads to keep in each block; default: all
 
 # %% ../nbs/06_recipes.ipynb #3985d256
 class Projection(Table):
@@ -89,15 +93,16 @@ class Student(Table):
         if v is not None: Unfreeze(v)
         return v
 
-# %% ../nbs/06_recipes.ipynb #f09c00a3
+# %% ../nbs/06_recipes.ipynb #04c432c0
 class Loss(Table):
     "What is minimised: 'kl' (distributions) or 'hybrid' (distributions and hidden states)"
     type:Literal['kl', 'hybrid'] = 'kl'
     temperature:float = Field(1., gt=0) # T of the KL
     alpha:float = Field(1., ge=0, le=1) # share of the distributions in a hybrid loss
+    divergence:Literal['forward_kl', 'reverse_kl', 'jsd', 'skew_kl', 'tvd'] = 'forward_kl' # what takes the place of the KL
     ce:float = Field(0., ge=0) # weight of cross-entropy on the teacher's text
 
-# %% ../nbs/06_recipes.ipynb #41e5f064
+# %% ../nbs/06_recipes.ipynb #f917eae4
 class Optimizer(Table):
     "AdamW"
     type:Literal['adamw'] = 'adamw'
@@ -105,9 +110,10 @@ class Optimizer(Table):
     weight_decay:float = Field(.01, ge=0)
 
 class Schedule(Table):
-    "Linear warm-up, then a cosine to zero"
+    "Linear warm-up, then a fall to zero"
     warmup_steps:int = Field(10, ge=0)
     max_steps:int = Field(gt=0)
+    decay:Literal['cosine', 'linear'] = 'cosine' # shape of the fall
 
 # %% ../nbs/06_recipes.ipynb #339074f6
 class Memory(Table):
@@ -157,7 +163,13 @@ class Prompts(Table):
     heldout:int|None = None
     ood:int|None = None
 
-# %% ../nbs/06_recipes.ipynb #a3cc6eb0
+# %% ../nbs/06_recipes.ipynb #b2d10c44
+class Export(Table):
+    "Formats beside the safetensors folder, each checked in its own engine"
+    gguf:list[Literal['f32', 'f16', 'q8_0']] = [] # files for llama.cpp, by the type of their matrices
+    onnx:bool = False # a folder for onnxruntime
+
+# %% ../nbs/06_recipes.ipynb #a5f55ce0
 class Config(Table):
     "A whole distillation"
     teacher:Teacher
@@ -165,9 +177,10 @@ class Config(Table):
     training:Training
     validation:Validation = Validation()
     prompts:Prompts = Prompts()
+    export:Export = Export()
     out:str = 'distilled' # folder for student, checkpoints and report
 
-# %% ../nbs/06_recipes.ipynb #592693b7
+# %% ../nbs/06_recipes.ipynb #d1cb1a4c
 class Loader(yaml.SafeLoader):
     "Safe YAML in which `2e-5` is a number and `no` a word"
     yaml_implicit_resolvers = {k: [r for r in v if not r[0].endswith(':bool')] for k,v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -175,7 +188,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver('tag:yaml.org,2002:bool', re.compile('(true|True|false|False)$'), list('tTfF'))
 Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
 
-# %% ../nbs/06_recipes.ipynb #4d45ebe4
+# %% ../nbs/06_recipes.ipynb #a98f03ae
 def key_lines(node, # From `yaml.compose`
     path='configuration', # Named in the error
     where:tuple=(), # Keys above
@@ -191,7 +204,7 @@ def key_lines(node, # From `yaml.compose`
         if len(here)<20: res |= key_lines(v, path, here)
     return res
 
-# %% ../nbs/06_recipes.ipynb #7be092d3
+# %% ../nbs/06_recipes.ipynb #31e952f2
 def read_yaml(path:str|Path, # A YAML file
 )->tuple[Any, dict]: # Its content, and the line of each key as from `key_lines`
     "Read a YAML file strictly; raises `ValueError` with file and line"
@@ -204,7 +217,7 @@ def read_yaml(path:str|Path, # A YAML file
         raise ValueError(f'{path}, line {(e.problem_mark or e.context_mark).line+1}: {e.problem} (plain YAML values only)') from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path}: no text in UTF-8: {e}') from e
 
-# %% ../nbs/06_recipes.ipynb #4683db9f
+# %% ../nbs/06_recipes.ipynb #e1c5d535
 def tables(table:type[BaseModel]=None, # Where to start; default: `Config`
     where:tuple=(), # Path of `table`
 )->dict[tuple, type[BaseModel]]: # Path to table
@@ -215,7 +228,7 @@ def tables(table:type[BaseModel]=None, # Where to start; default: `Config`
         for t in inner(f.annotation): res |= tables(t, (*where, k))
     return res
 
-# %% ../nbs/06_recipes.ipynb #05ba7023
+# %% ../nbs/06_recipes.ipynb #1e93edc4
 def suggest(where:tuple, # Path of the table
     key:str, # Not known there
 )->str: # '' where nothing is near
@@ -226,7 +239,7 @@ def suggest(where:tuple, # Path of the table
         if near := difflib.get_close_matches(key, names, 1, cutoff): return f', did you mean {names[near[0]]!r}?'
     return f": use one of {', '.join(own)}"
 
-# %% ../nbs/06_recipes.ipynb #f030d6f1
+# %% ../nbs/06_recipes.ipynb #7d2721e4
 def explain(e:dict)->str: # `e`: one of pydantic's errors
     "An error in the reader's terms"
     loc = tuple(o for o in e['loc'] if isinstance(o, str))
@@ -236,7 +249,7 @@ def explain(e:dict)->str: # `e`: one of pydantic's errors
     if e['type']=='model_type': return f"{where}: should be a table with the keys {', '.join(tables()[loc].model_fields)}{got}"
     return f"{where}: {e['msg'].removeprefix('Value error, ').removeprefix('Input ')}" + ('' if e['type']=='value_error' else got)
 
-# %% ../nbs/06_recipes.ipynb #6eaf2635
+# %% ../nbs/06_recipes.ipynb #de707c5e
 def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
     "Where the parts of a configuration contradict each other"
     s,t,n = c.student,c.training,c.training.schedule.max_steps
@@ -251,7 +264,7 @@ def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
         (c.validation.early_stopping and not c.validation.eval_frequency, 'validation.early_stopping', 'needs `validation.eval_frequency`')]
     return [(k, m) for bad,k,m in found if bad]
 
-# %% ../nbs/06_recipes.ipynb #886b21b1
+# %% ../nbs/06_recipes.ipynb #e7eff34e
 @patch(cls_method=True)
 def from_dict(cls:Config,
     o:dict, # `dict(distillation=...)`
@@ -269,7 +282,7 @@ def from_dict(cls:Config,
     if bad := rules(c): raise ValueError('\n'.join(f"{_at(k.split('.'))}{k}: {m}" for k,m in bad))
     return c
 
-# %% ../nbs/06_recipes.ipynb #04252da7
+# %% ../nbs/06_recipes.ipynb #277b7694
 @patch(cls_method=True)
 def from_yaml(cls:Config,
     path:str|Path, # A YAML file with one top-level key, `distillation`
@@ -278,7 +291,7 @@ def from_yaml(cls:Config,
     o,lines = read_yaml(path)
     return cls.from_dict(o, path, lines)
 
-# %% ../nbs/06_recipes.ipynb #371363e0
+# %% ../nbs/06_recipes.ipynb #369142bf
 def preset(name:str, # 'demo'
 )->Config: # Checked
     "A configuration that comes with the package"
@@ -286,7 +299,7 @@ def preset(name:str, # 'demo'
     if name not in found: raise ValueError(f'no preset {name!r}: use one of {found}')
     return Config.from_yaml(files('distill_nb')/f'data/{name}.yaml')
 
-# %% ../nbs/06_recipes.ipynb #3b4af597
+# %% ../nbs/06_recipes.ipynb #e13f42e2
 def model_path(model_id:str, # Folder, hub id, or 'embedded'
 )->str: # Folder or hub id
     "Where a model is found"
@@ -298,15 +311,15 @@ def model_config(model_id:str, # Folder, hub id, or 'embedded'
     try: return AutoConfig.from_pretrained(model_path(model_id)).get_text_config(decoder=True)
     except OSError as e: raise ValueError(f'{model_id}: no such folder, and it cannot be had from the hub: fetch it with `hf download {model_id}` where there is network') from e
 
-# %% ../nbs/06_recipes.ipynb #09f5a420
+# %% ../nbs/06_recipes.ipynb #5dd9eb93
 def precision(want:str, # `training.memory.mixed_precision`
     fast:torch.dtype, # From `fast_dtype`
-)->str: # 'no' or 'bf16'
-    "Type of the products in training; raises `ValueError` for what this version cannot do"
-    if want=='fp16': raise ValueError("training.memory.mixed_precision: 'fp16' needs loss scaling, which this version has not: use 'bf16', or 'auto'")
+)->str: # 'no', 'bf16' or 'fp16'
+    "Type of the products in training; raises `ValueError` for what this machine cannot do"
+    if want=='fp16' and not torch.cuda.is_available(): raise ValueError("training.memory.mixed_precision: 'fp16' needs a GPU, and there is none: use 'bf16', 'no' or 'auto'")
     return ('bf16' if fast==torch.bfloat16 else 'no') if want=='auto' else want
 
-# %% ../nbs/06_recipes.ipynb #5cd12003
+# %% ../nbs/06_recipes.ipynb #10f3949c
 def check_models(config:Config): # Raises `ValueError` with the key to change
     "Do the models' shapes and tokenizers fit what the file says of them?"
     s,t = config.student,model_config(config.teacher.model_id)
@@ -318,7 +331,7 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
         raise ValueError(f'student.projection: the models are {t.hidden_size} and {m.hidden_size} wide, the file says {got[0]} and {got[1]}')
     if s.model_id: check_tokenizers(*[AutoTokenizer.from_pretrained(model_path(o)) for o in (config.teacher.model_id, s.model_id)])
 
-# %% ../nbs/06_recipes.ipynb #7347d2e1
+# %% ../nbs/06_recipes.ipynb #d94fbbff
 class Run:
     "A configuration at work"
     def __init__(self,
@@ -334,19 +347,19 @@ class Run:
         self.parts,self.lock = [],threading.RLock() # what is being paid for, the innermost last
         self.out.mkdir(parents=True, exist_ok=True)
 
-# %% ../nbs/06_recipes.ipynb #f931b63b
+# %% ../nbs/06_recipes.ipynb #df32d141
 def machine()->str: # Such as '2 CPU threads of x86_64' or the GPU's name
     "What the numbers were measured on"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads ({platform.machine()}), {fast_dtype()}'.replace('torch.', '')
 
-# %% ../nbs/06_recipes.ipynb #45c27517
+# %% ../nbs/06_recipes.ipynb #ed863db5
 @patch
 def cost(self:Run)->dict: # Part to seconds
     "What the parts cost so far"
     p = self.out/'cost.json'
     return load_json(p) if p.exists() else {}
 
-# %% ../nbs/06_recipes.ipynb #d16c0897
+# %% ../nbs/06_recipes.ipynb #979952a6
 @patch
 def charge(self:Run):
     "Add the time since the last charge to the part at work"
@@ -356,7 +369,7 @@ def charge(self:Run):
         save_json(cost, self.out/'cost.json')
         self.since = now
 
-# %% ../nbs/06_recipes.ipynb #40f4122b
+# %% ../nbs/06_recipes.ipynb #537834f5
 @patch
 @contextlib.contextmanager
 def timed(self:Run,
@@ -381,7 +394,7 @@ def timed(self:Run,
             self.charge()
             self.parts.pop()
 
-# %% ../nbs/06_recipes.ipynb #ea717ae3
+# %% ../nbs/06_recipes.ipynb #75ba6722
 def prompt_rows(p:Prompts, # Which, and how many
 )->list[dict]: # Rows with `prompt` and `split`, short prompts first
     "The prompts of a run"
@@ -394,7 +407,7 @@ def prompt_rows(p:Prompts, # Which, and how many
     if not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
     return sorted(as_rows(res), key=lambda r: len(str(r['prompt'])))
 
-# %% ../nbs/06_recipes.ipynb #52d554a6
+# %% ../nbs/06_recipes.ipynb #5b0046b0
 @patch
 def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     "Load the teacher, once"
@@ -404,7 +417,7 @@ def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     self.teacher = TeacherSynthesizer(model_path(t.model_id), device=self.device, dtype=dtype)
     return self.teacher
 
-# %% ../nbs/06_recipes.ipynb #b82ffadf
+# %% ../nbs/06_recipes.ipynb #ddf21118
 @patch
 def layer_map(self:Run,
     n_teacher:int, # Blocks of the teacher
@@ -417,7 +430,7 @@ def layer_map(self:Run,
     at = sorted({round(n_student*(i+1)/(p.n_layers+1)) for i in range(p.n_layers)})
     return {s: full[s] for s in at}
 
-# %% ../nbs/06_recipes.ipynb #53959924
+# %% ../nbs/06_recipes.ipynb #11534f42
 @patch
 def synth(self:Run)->TeacherCache: # Whole
     "Ask the teacher, or find that it has been asked"
@@ -431,7 +444,7 @@ def synth(self:Run)->TeacherCache: # Whole
             temperature=s.temperature, seed=s.seed, batch_size=s.batch_size, progress=self.progress)
     return self.cache
 
-# %% ../nbs/06_recipes.ipynb #919d3f8d
+# %% ../nbs/06_recipes.ipynb #5c517cc9
 @patch
 def some(self:Run,
     split:str, # 'train', 'heldout' or 'ood'
@@ -441,7 +454,7 @@ def some(self:Run,
     ids = self.cache.select(split=split)
     return [ids[i*len(ids)//n] for i in range(min(n, len(ids)))]
 
-# %% ../nbs/06_recipes.ipynb #1dc47255
+# %% ../nbs/06_recipes.ipynb #5d2a8542
 @patch
 def pruned(self:Run,
     how:str, # As in `prune_student`
@@ -454,17 +467,20 @@ def pruned(self:Run,
         return path
     self.known.add(path)
     exs = [dict(input_ids=self.cache[i]['input_ids'].tolist(), prompt_len=self.cache[i]['prompt_len']) for i in self.some('train', p.n_prompts)]
-    with self.timed('pruning'): export_safetensors(prune_student(self.load_teacher(), p.n_layers, exs, how), self.cache.tokenizer, path)
+    with self.timed('pruning'):
+        s = prune_student(self.load_teacher(), p.n_layers, exs, how)
+        if p.intermediate_size or p.num_attention_heads: s = prune_width(s, exs, p.intermediate_size, p.num_attention_heads)
+        export_safetensors(s, self.cache.tokenizer, path)
     return path
 
-# %% ../nbs/06_recipes.ipynb #6e5b93b6
+# %% ../nbs/06_recipes.ipynb #62bb63b0
 @patch
 def start(self:Run)->str|Path: # Folder or hub id
     "Where the student before training is"
     p = self.config.student.prune
     return self.pruned(p.how) if p else self.config.student.model_id
 
-# %% ../nbs/06_recipes.ipynb #a26fe80d
+# %% ../nbs/06_recipes.ipynb #1d7fcb17
 @patch
 def load_student(self:Run,
     path:str|Path, # Folder or hub id
@@ -472,7 +488,7 @@ def load_student(self:Run,
     "The student as it is in a folder"
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(self.device)
 
-# %% ../nbs/06_recipes.ipynb #eff82684
+# %% ../nbs/06_recipes.ipynb #7db5fd85
 @patch
 def scores(self:Run,
     name:str, # Name of the model in the report
@@ -488,7 +504,7 @@ def scores(self:Run,
     save_json(dict(key=key, sets={s: o.to_dict() for s,o in res.items()}), path)
     return res
 
-# %% ../nbs/06_recipes.ipynb #919344b8
+# %% ../nbs/06_recipes.ipynb #07de60d2
 @patch
 def trainer(self:Run,
     student, # Model to train
@@ -502,14 +518,14 @@ def trainer(self:Run,
     pairs = self.layer_map(self.cache.manifest['teacher']['n_layers'], student.config.num_hidden_layers) if targets=='teacher' else {}
     proj = {s: (k, ProjectionHead(p.teacher_dim, p.student_dim, use_layernorm=p.use_layernorm)) for s,k in pairs.items()}
     stage = Stage(name, steps, t.optimizer.lr, loss.temperature, loss.alpha if proj else 1., loss.ce, targets, t.schedule.warmup_steps/t.schedule.max_steps,
-        self.config.student.unfreeze if targets=='teacher' else None)
+        self.config.student.unfreeze if targets=='teacher' else None, loss.divergence, t.schedule.decay)
     m = t.memory
     return DistillTrainer(Distiller(student, self.cache, stage.loss(), proj), self.cache, [stage], self.out/name, self.cache.select(split='train'), m.batch_size,
         m.gradient_accumulation, weight_decay=t.optimizer.weight_decay, mixed_precision=self.precision, activation_checkpointing=m.activation_checkpointing,
         device=self.device, seed=t.seed, save_every=m.save_every, callbacks=callbacks, progress=self.progress,
         monitor=KLMonitor(**t.monitor.model_dump()))
 
-# %% ../nbs/06_recipes.ipynb #fcb38af2
+# %% ../nbs/06_recipes.ipynb #931fcdf3
 @patch
 def watch(self:Run,
     tr:DistillTrainer, # After a step
@@ -523,14 +539,14 @@ def watch(self:Run,
     past = [r['heldout_kl'] for r in tr.recorder.rows if 'heldout_kl' in r]
     if v.early_stopping and len(past)-1-past.index(min(past))>=v.early_stopping.patience: tr.stop = True
 
-# %% ../nbs/06_recipes.ipynb #8d7f81b5
+# %% ../nbs/06_recipes.ipynb #20760360
 @patch
 def learner(self:Run): # A model, or a `PeftModel`
     "The student, ready to train"
     s,model = self.config.student,self.load_student(self.start())
     return add_lora(model, s.lora.r, s.lora.alpha, s.freeze_below) if s.lora else freeze_below(model, s.freeze_below)
 
-# %% ../nbs/06_recipes.ipynb #cdffc07c
+# %% ../nbs/06_recipes.ipynb #5872a456
 @patch
 def let_go(self:Run,
     student, # To be trained
@@ -542,7 +558,7 @@ def let_go(self:Run,
     gc.collect()
     if self.device=='cuda': torch.cuda.empty_cache()
 
-# %% ../nbs/06_recipes.ipynb #fad3e74c
+# %% ../nbs/06_recipes.ipynb #ce651d04
 @patch
 def train(self:Run)->dict: # Name to trained model: 'student', and 'control' where asked for
     "Train the student and its control"
@@ -557,7 +573,7 @@ def train(self:Run)->dict: # Name to trained model: 'student', and 'control' whe
         res[name] = merge_lora(tr.distiller.student).eval()
     return res
 
-# %% ../nbs/06_recipes.ipynb #af6d5bfa
+# %% ../nbs/06_recipes.ipynb #8e3947b9
 ANSWER = '''
 import json, sys
 from distill_nb.export import answer
@@ -581,7 +597,7 @@ def answers(self:Run,
     save_json(dict(key=key, answers=res), path)
     return res
 
-# %% ../nbs/06_recipes.ipynb #306b92a6
+# %% ../nbs/06_recipes.ipynb #755f25b9
 @patch
 def compare(self:Run,
     models:dict, # From `train`
@@ -599,7 +615,7 @@ def compare(self:Run,
         control='control' if 'control' in models else None, student_at_control=mid if short else None, at=seen,
         cost=self.cost_table(), samples=[], history=[r['kl'] for r in hist['student']], settings=self.settings())
 
-# %% ../nbs/06_recipes.ipynb #7180ed0b
+# %% ../nbs/06_recipes.ipynb #ee22a31e
 TEACHER_NAME = 'SmolLM2-135M-Instruct (dequantised from Q4_1)'
 
 @patch
@@ -608,7 +624,7 @@ def title(self:Run)->str: # One line
     t,s = self.config.teacher.model_id,self.config.student
     return f'{TEACHER_NAME if t=="embedded" else t} to ' + (f'{s.prune.n_layers} of its {self.cache.manifest["teacher"]["n_layers"]} layers' if s.prune else s.model_id)
 
-# %% ../nbs/06_recipes.ipynb #0b82f35f
+# %% ../nbs/06_recipes.ipynb #2617e826
 @patch
 def cost_table(self:Run)->dict: # Name to number or text
     "What the run cost so far"
@@ -616,25 +632,25 @@ def cost_table(self:Run)->dict: # Name to number or text
     parts = {f'{k} (s)': v for k,v in self.cost().items()}
     return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], seconds=sum(self.cost().values()), **parts)
 
-# %% ../nbs/06_recipes.ipynb #eb3f9c47
+# %% ../nbs/06_recipes.ipynb #fc1a2ac8
 @patch
 def benchmarks(self:Run)->dict[str, str]: # Name to what came of it
     "What became of the benchmarks that the file names"
     return {b: 'not run: this version has no benchmark harness' for b in self.config.validation.benchmarks}
 
-# %% ../nbs/06_recipes.ipynb #3afd52ea
+# %% ../nbs/06_recipes.ipynb #e1fe79f1
 @patch
 def settings(self:Run)->dict: # The configuration, and what was not run
     "What was asked for"
     return dict(config=self.config.model_dump(mode='json'), kept_layers=list(getattr(self.start_config(), 'kept_layers', [])), benchmarks=self.benchmarks())
 
-# %% ../nbs/06_recipes.ipynb #9f6ac8ef
+# %% ../nbs/06_recipes.ipynb #c5bd34a3
 @patch
 def start_config(self:Run): # A `PretrainedConfig`
     "Configuration of the student before training"
     return AutoConfig.from_pretrained(self.start()).get_text_config(decoder=True)
 
-# %% ../nbs/06_recipes.ipynb #cb457638
+# %% ../nbs/06_recipes.ipynb #83b792a2
 @patch
 def card(self:Run,
     rep:Report, # Of this run
@@ -647,7 +663,22 @@ def card(self:Run,
         data=f"{n} instructions, answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each.",
         losses=f'{loss.type}, temperature {loss.temperature:g}, {t.schedule.max_steps} steps of {t.memory.batch_size*t.memory.gradient_accumulation} sequences.')
 
-# %% ../nbs/06_recipes.ipynb #25421de5
+# %% ../nbs/06_recipes.ipynb #f129d780
+@patch
+def formats(self:Run,
+    student, # The trained model
+    folder:Path, # Its export
+)->dict[str, dict]: # File or folder to what `check_gguf` or `check_onnx` found
+    "Other formats of the student, made and checked"
+    e,tok,res = self.config.export,self.cache.tokenizer,{}
+    texts = [self.cache[i]['input_ids'].tolist() for i in self.some('heldout', 4)]
+    for kind in e.gguf:
+        p = export_gguf(folder, self.out/f'model-{kind}.gguf', kind)
+        res[p.name] = check_gguf(student, p, texts, tok, kl=None if kind=='q8_0' else 1e-5)
+    if e.onnx: res['onnx'] = check_onnx(student, export_onnx(folder, self.out/'onnx'), texts, tok)
+    return res
+
+# %% ../nbs/06_recipes.ipynb #4a169485
 @patch
 def finish(self:Run,
     models:dict, # From `train`
@@ -656,6 +687,7 @@ def finish(self:Run,
     rep,final = self.compare(models),self.out/'model'
     export_safetensors(models['student'], self.cache.tokenizer, final, card=self.card(rep))
     check_parity(models['student'], final, [self.cache.tokenizer.decode(self.cache[0]['input_ids'])], self.cache.tokenizer)
+    with self.timed('export'): rep.settings['exports'] = self.formats(models['student'], final)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     qs = [self.cache[i]['meta']['prompt'] for i in self.some('heldout', k-k//2) + self.some('ood', k//2)]
     who = dict(teacher=model_path(t), before=self.start(), after=final)
@@ -664,7 +696,7 @@ def finish(self:Run,
     rep.save(self.out/'report')
     return rep
 
-# %% ../nbs/06_recipes.ipynb #939512d8
+# %% ../nbs/06_recipes.ipynb #468a7a88
 def run(config:Config, # What to do
     progress:bool=True, # Show bars?
 )->Report: # Also in the folder `config.out`, beside the student
