@@ -33,12 +33,12 @@ def site(tmp_path_factory):
     return d/'_docs'
 
 def test_each_notebook_has_a_page(site):
-    pages = {p.stem for p in site.glob('*.html')}
-    assert {p.stem.split('_', 1)[-1] for p in (ROOT/'nbs').glob('*.ipynb')} <= pages
+    pages = {p.stem for p in site.rglob('*.html')}
+    assert {p.stem.split('_', 1)[-1] for p in (ROOT/'nbs').rglob('*.ipynb')} <= pages
 
 def test_no_link_points_nowhere(site):
     bad = []
-    for p in site.glob('*.html'):
+    for p in site.rglob('*.html'):
         for url in links(p).to:
             u = urlparse(url)
             if u.scheme or u.netloc or p.name=='404.html': continue
@@ -48,6 +48,6 @@ def test_no_link_points_nowhere(site):
     assert not bad, bad
 
 def test_nothing_is_loaded_from_elsewhere(site):
-    for p in site.glob('*.html'):
+    for p in site.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
         assert '<script src="http' not in text and 'fonts.googleapis' not in text, p.name

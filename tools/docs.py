@@ -103,6 +103,13 @@ def readme(md, dest):
         shutil.copy(f, dest/'assets'/f.name)
     (dest/'README.md').write_text(s.replace('index_files/', 'assets/').rstrip()+'\n')
 
+def pages(root, md):
+    "Copy the pages that are Markdown already: the how-to pages, and the workshop's page for its teacher"
+    for f in [*root.glob('nbs/howto/*.md'), root/'nbs/workshop/README.md']:
+        p = md/f.relative_to(root/'nbs')
+        p.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, p)
+
 @call_parse
 def main(
     readme_only:store_true=False, # Write README.md and its figures, and no site
@@ -115,6 +122,7 @@ def main(
     for f in sorted(cache.rglob('*.ipynb')): to_md(f, md/nbpath2html(f.relative_to(cache)).with_suffix('.md'))
     readme(md, root)
     if readme_only: return
+    pages(root, md)
     for f in md.rglob('*.md'): f.write_text(CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(from_root(f.read_text(), root))))
     (md/'extra.css').write_text('.md-grid { max-width: 76rem }\n')
     repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md'])
