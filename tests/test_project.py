@@ -73,7 +73,7 @@ def test_one_source_of_metadata():
     c = ini['DEFAULT']
     assert version('distill_nb')==c['version']
     pinned = {re.split('[=<>]', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().split()}
-    want = {re.split('[=<>]', r)[0].lower().replace('_', '-') for r in (c['requirements']+' '+c['dev_requirements']).split()}
+    want = {re.split('[=<>]', r)[0].lower().replace('_', '-') for r in (c['requirements']+' '+c['dev_requirements']+' '+c['export_requirements']).split()}
     assert want <= pinned, want-pinned
 
 def test_prompts_are_clean():

@@ -285,3 +285,19 @@ def test_loss_scaling(root, monkeypatch):
     assert again.accelerator.scaler.get_scale()==now
 
 if __name__=='__main__': dict(kill=kill, two=two)[sys.argv[1]](Path(sys.argv[2]))
+
+@pytest.mark.parametrize('codec,how,T', [('topk', dict(k=64, temperatures=(1, 2)), 2.), ('sampled', dict(nbytes=60), 1.), ('full', {}, 2.)])
+def test_real_sparse_caches_train(codec, how, T, teacher, root, tmp_path):
+    "Gradients from a cache of each kind point where those of the hidden states do; a temperature that it cannot serve is refused"
+    rows = [o['meta'] for o in TeacherCache(root/'cache')]
+    cache = build_cache(teacher, rows, tmp_path/'cache', codec, max_new_tokens=8, temperature=1., progress=False, **how)
+    teacher.cache = TeacherCache(root/'cache')
+    def grads(c):
+        dist = Distiller(tiny(2, .02, 1), c, DistillationLoss(T, 1.))
+        dist(c.collate([c[i] for i in range(16)]))['loss'].backward()
+        return torch.cat([p.grad.flatten() for p in dist.parameters() if p.grad is not None])
+    a,b = grads(cache),grads(teacher.cache)
+    assert torch.cosine_similarity(a, b, 0)>dict(topk=.9, sampled=.5, full=.9999)[codec]
+    if codec!='full':
+        with pytest.raises(ValueError, match='temperature'):
+            Distiller(tiny(2, .02, 1), cache, DistillationLoss(4., 1.))(cache.collate([cache[0]]))

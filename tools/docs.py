@@ -101,6 +101,7 @@ def readme(md, dest):
     for f in figs:
         (dest/'assets').mkdir(exist_ok=True)
         shutil.copy(f, dest/'assets'/f.name)
+    s = re.sub(r'\]\((workshop|howto)/', r'](nbs/\1/', s)
     (dest/'README.md').write_text(s.replace('index_files/', 'assets/').rstrip()+'\n')
 
 def pages(root, md):
