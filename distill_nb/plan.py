@@ -120,7 +120,8 @@ def teacher_memory(config:Config, # What is planned
         captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24))
 
 # %% ../nbs/06a_plan.ipynb #26c775a0
-BYTES = dict(bf16=lambda d, nats: 2*d, fp16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, fp8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
+BYTES = dict(bf16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
+BYTES |= dict(fp16=BYTES['bf16'], fp8=BYTES['int8'])
 
 def token_bytes(config:Config, # What is planned
     n_layers:int=0, # More hidden states, in bf16
