@@ -10,7 +10,7 @@ __all__ = ['ANSWER', 'TEACHER_NAME', 'Table', 'Synthesis', 'Teacher', 'Prune', '
            'Config', 'Loader', 'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'rules', 'preset',
            'model_path', 'model_config', 'precision', 'check_models', 'Run', 'machine', 'prompt_rows', 'run']
 
-# %% ../nbs/06_recipes.ipynb #34142bb4
+# %% ../nbs/06_recipes.ipynb #8c1e3ee0
 import contextlib, difflib, gc, json, platform, re, subprocess, sys, threading, time
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, fiel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from .cache import TeacherCache, as_rows, build_cache, load_json, save_json, sha256_json
-from .eval import Report, Scores, evaluate
+from .benchmarks import run_benchmarks
+from .eval import Report, Scores, contamination, evaluate
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
 from .serving import check_gguf
@@ -148,10 +149,11 @@ class EarlyStopping(Table):
     patience:int = Field(3, gt=0)
     metric:Literal['loss'] = 'loss' # held-out KL, nats per token
 
-# %% ../nbs/06_recipes.ipynb #908b52fc
+# %% ../nbs/06_recipes.ipynb #2438f8c6
 class Validation(Table):
     "How the student is judged"
-    benchmarks:list[str] = [] # by name
+    benchmarks:list[str] = [] # by name, as in chapter 04a
+    limit:int = Field(100, gt=0) # questions of each benchmark
     eval_frequency:int|None = Field(None, gt=0) # steps between evaluations on held-out prompts
     early_stopping:EarlyStopping|None = None
     answers:int = Field(5, ge=0) # instructions answered in the report
@@ -597,7 +599,7 @@ def answers(self:Run,
     save_json(dict(key=key, answers=res), path)
     return res
 
-# %% ../nbs/06_recipes.ipynb #755f25b9
+# %% ../nbs/06_recipes.ipynb #cdaa04ee
 @patch
 def compare(self:Run,
     models:dict, # From `train`
@@ -611,9 +613,11 @@ def compare(self:Run,
     hist = {n: load_json(self.out/f'history-{n}.json')['rows'] for n in models}
     seen = {n: sum(r['n_tokens'] for r in h) for n,h in hist.items()}
     if short: seen[mid] = sum(r['n_tokens'] for r in hist['student'][:c.training.control_steps])
+    text = {s: [str(o['prompt']) for o in prompt_rows(c.prompts) if o['split']==s] for s in ('train', 'heldout', 'ood')}
     return Report(title=self.title(), models=found, baseline='baseline' if c.student.prune else 'start', student='student',
         control='control' if 'control' in models else None, student_at_control=mid if short else None, at=seen,
-        cost=self.cost_table(), samples=[], history=[r['kl'] for r in hist['student']], settings=self.settings())
+        cost=self.cost_table(), samples=[], history=[r['kl'] for r in hist['student']], settings=self.settings(),
+        benchmarks=self.benchmarks(models['student']), contamination={s: contamination(text['train'], text[s]) for s in found['student']})
 
 # %% ../nbs/06_recipes.ipynb #ee22a31e
 TEACHER_NAME = 'SmolLM2-135M-Instruct (dequantised from Q4_1)'
@@ -632,17 +636,26 @@ def cost_table(self:Run)->dict: # Name to number or text
     parts = {f'{k} (s)': v for k,v in self.cost().items()}
     return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], seconds=sum(self.cost().values()), **parts)
 
-# %% ../nbs/06_recipes.ipynb #fc1a2ac8
+# %% ../nbs/06_recipes.ipynb #815eba83
 @patch
-def benchmarks(self:Run)->dict[str, str]: # Name to what came of it
-    "What became of the benchmarks that the file names"
-    return {b: 'not run: this version has no benchmark harness' for b in self.config.validation.benchmarks}
+def benchmarks(self:Run,
+    student, # The trained model
+)->dict: # Model name to the result of `run_benchmarks`; empty where the file names no benchmark
+    "Teacher, student before and student after, on the benchmarks that the file names"
+    v,path,key = self.config.validation,self.out/'benchmarks.json',sha256_json(self.config.model_dump())
+    if not v.benchmarks: return {}
+    if path.exists() and (old := load_json(path))['key']==key: return old['models']
+    who = dict(teacher=lambda: self.load_teacher().model, before=lambda: self.load_student(self.start()).eval(), student=lambda: student)
+    with self.timed('benchmarks'): res = {n: run_benchmarks(f(), self.cache.tokenizer, v.benchmarks, v.limit) for n,f in who.items()}
+    self.teacher = None
+    save_json(dict(key=key, models=res), path)
+    return res
 
-# %% ../nbs/06_recipes.ipynb #e1fe79f1
+# %% ../nbs/06_recipes.ipynb #5b81e83c
 @patch
 def settings(self:Run)->dict: # The configuration, and what was not run
     "What was asked for"
-    return dict(config=self.config.model_dump(mode='json'), kept_layers=list(getattr(self.start_config(), 'kept_layers', [])), benchmarks=self.benchmarks())
+    return dict(config=self.config.model_dump(mode='json'), kept_layers=list(getattr(self.start_config(), 'kept_layers', [])))
 
 # %% ../nbs/06_recipes.ipynb #c5bd34a3
 @patch
