@@ -301,6 +301,7 @@ class OnnxModel:
         path:str|Path, # From `export_onnx`
         threads:int=0, # CPU threads; default: onnxruntime's choice
     ):
+        "Open the graph, with an empty cache of keys and values"
         ort,c = importlib.import_module('onnxruntime'),AutoConfig.from_pretrained(path)
         opts = ort.SessionOptions()
         opts.intra_op_num_threads = threads

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import codecs
+from .codecs import CODECS
 from .synthesis import Head, TeacherSynthesizer, head_of
 
 # %% ../nbs/00b_sparse.ipynb #25f7e8e0
@@ -296,7 +296,7 @@ class FullCodec(NamedTuple):
         return t['logits'][a:b].float()
 
 # %% ../nbs/00b_sparse.ipynb #af6f2f55
-CODECS = codecs.CODECS|dict(topk=TopKCodec, sampled=SampledCodec, full=FullCodec)
+CODECS = CODECS|dict(topk=TopKCodec, sampled=SampledCodec, full=FullCodec)
 
 # %% ../nbs/00b_sparse.ipynb #5b5b9bc7
 @patch
