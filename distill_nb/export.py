@@ -261,6 +261,15 @@ def export_gguf(folder:str|Path, # From `export_safetensors`, or any other Huggi
     replace_file(path, lambda tmp: _convert(folder, tmp, outtype))
     return path
 
+# %% ../nbs/05_export.ipynb #5c0ffee1
+@contextmanager
+def _quiet():
+    "Keep the progress and the warnings of what runs inside to itself"
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): yield
+    finally: logging.disable(logging.NOTSET)
+
 # %% ../nbs/05_export.ipynb #82fa57e5
 def _sample(model):
     "Inputs for the tracer, two texts of five tokens cached and three new, and their varying axes"
@@ -270,14 +279,6 @@ def _sample(model):
     x = dict(input_ids=ids[:,5:], attention_mask=mask, position_ids=places, past_key_values=past, use_cache=True)
     shapes = {k: {0: vary, 1: vary} for k in ('input_ids', 'attention_mask', 'position_ids')}
     return x,dict(shapes, past_key_values=[{0: vary, 2: vary}]*2*model.config.num_hidden_layers)
-
-@contextmanager
-def _quiet():
-    "Keep the tracer's progress and warnings to itself"
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): yield
-    finally: logging.disable(logging.NOTSET)
 
 # %% ../nbs/05_export.ipynb #a02db3a4
 @torch.no_grad()

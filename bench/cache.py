@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Size, error and reading speed of every codec of the teacher cache, on text that none of them was fitted to.
+
+usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192]
+
+The default teacher answers training prompts, on which the codecs are fitted, and held-out prompts of the same families and of others, on which they
+are judged. Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short. `--quick` calibrates on a fifth.
+Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five, in slices of 512 rows as a loader reads them.
+"""
+import argparse, platform, re, sys, time
+from pathlib import Path
+
+import torch
+
+from distill_nb.codecs import kl_nats, mean_kl
+from distill_nb.sparse import Counts, fit_all
+from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, head_of, load_prompts, pad
+
+STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
+    *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', {}))
+TS,SLICE = (1, 2, 4),512
+
+def asked(teacher, split, n, tokens):
+    "Answers of the teacher, and the input of its head at each of their tokens"
+    exs = teacher.generate(load_prompts(split, n)['prompt'], max_new_tokens=tokens, temperature=0.8, progress=False, capture=True)
+    return exs,torch.cat([e['hidden'] for e in exs]).float()
+
+def student_states(teacher, exs):
+    "The input of the head in the teacher without six of its blocks; the teacher is left without them"
+    blocks = teacher.model.model.layers
+    del blocks[len(blocks)//3:len(blocks)//3+6]
+    out = teacher.score(*pad([e['input_ids'] for e in exs]))['head_input']
+    return torch.cat([o[e['prompt_len']-1:len(e['input_ids'])-1] for o,e in zip(out, exs)]).float()
+
+def nats(codec, t, h, head):
+    "KL(teacher || store) at each T; None where the store has none"
+    if codec.gives=='counts': return [None]*len(TS)
+    x = codec.decode(t, 0, len(h))
+    if codec.gives=='hidden': return [mean_kl(h, x.float(), head, T) for T in TS]
+    res = []
+    for j,T in enumerate(TS):
+        kls = []
+        for o in torch.arange(len(h)).split(64):
+            z = head(h[o])/T
+            kls.append(kl_nats(z, type(x)(*(v[o] for v in x)).log_probs(j, T, torch.zeros_like(z))))
+        res.append(torch.cat(kls).mean().item())
+    return res
+
+def quantisation(codec, t, h, head):
+    "What eight bits add to the KL over k+1 outcomes, the most at any T"
+    x,worst = codec.decode(t, 0, len(h)),0
+    z = torch.cat([head(o) for o in h.split(128)])
+    v = z.gather(-1, x.ids)
+    for j,T in enumerate(TS):
+        tail = (z.scatter(-1, x.ids, -torch.inf)/T).logsumexp(-1)
+        rows = [torch.cat([a/T, b[:,None]], 1) for a,b in ((v, tail), (x.logits, x.tails[:,j]))]
+        worst = max(worst, kl_nats(*rows).mean().item())
+    return worst
+
+def noise(codec, h, hs, head):
+    "Root mean square error of the student's loss: of threshold sampling, and of draws with replacement that take the same bytes"
+    t,c = head(h).softmax(-1),-head(hs).log_softmax(-1)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.multinomial(t, n, replacement=True, generator=g)
+    size = lambda i: sum(1+3*len(r.unique()) for r in i)/len(i)
+    off = lambda x: (x.weights*c.gather(-1, x.ids)).sum(-1)-(t*c).sum(-1)
+    s = codec.encode(h, head)
+    n = max(n for n in range(10, 100, 2) if size(draw(n))<=sum(o.nbytes for o in s.values())/len(h))
+    theirs = torch.stack([off(Counts(i, torch.full(i.shape, 1/n))) for i in (draw(n) for _ in range(4))])
+    ours = torch.stack([off(codec.decode(codec.encode(h+e, head), 0, len(h))) for e in (0, 1e-6, 2e-6, 3e-6)])
+    return n,*(o.square().mean().sqrt().item() for o in (ours, theirs))
+
+def rate(f, n, repeats=5):
+    "Rows per second of CPU time, the best of some runs over `n` rows"
+    best = 1e9
+    for _ in range(repeats):
+        start = time.process_time()
+        for a in range(0, n, SLICE): f(a, a+SLICE)
+        best = min(best, time.process_time()-start)
+    return n/best
+
+def speeds(fitted, h, head, rows):
+    "Rows per second: memcpy of fp32 hidden states, and of each codec; the transform also as integers for a folded head"
+    h = h.repeat(-(-SLICE//len(h)), 1)[:SLICE]
+    x = h.repeat(rows//SLICE, 1)
+    res = dict(memcpy=rate(lambda a, b: x[a:b].clone(), rows))
+    for k,c in fitted.items():
+        few = c.encode(h, head)
+        many = c.encode(x, head) if c.gives=='hidden' else {n: v.repeat(rows//SLICE, *(1,)*(v.dim()-1)) for n,v in few.items()}
+        read = lambda a, b: c.decode(many, a, b)
+        res[k] = rate(read if c.gives!='hidden' or k.startswith('transform') else lambda a, b: read(a, b).float().contiguous(), rows)
+        if k.startswith('transform'): res[k+' levels'] = rate(lambda a, b: c.levels(many, a, b), rows)
+    return res
+
+def bars(res, added, ratio, speed):
+    "Name, value, limit, and whether it holds"
+    most = lambda k, i: max(r[k][i] for r in res.values())
+    yield from (('int8 bytes', most('int8', 0), 600), *((f'int8 nats T={T}', most('int8', i), 7e-4) for i,T in enumerate(TS, 1)))
+    for k,limit in (('0.001', 400), ('0.01', 280), ('0.05', 205)): yield f'transform {k} bytes', most(f'transform {k}', 0), limit
+    for name,r in res.items():
+        l = r['transform 0.01'][1:]
+        yield from ((f'transform 0.01 {name} nats above', l[0], 1.3e-2), (f'transform 0.01 {name} nats below', l[0], 0.7e-2, '>='))
+        yield f'transform 0.01 {name} nats T=2 and 4', max(l[1:]), l[0]
+    yield from (('topk 64 bytes', most('topk 64', 0), 208), ('topk 64 quantisation nats', added, 1e-4))
+    yield from (('sampled bytes', most('sampled', 0), 42), ('sampled noise ratio', ratio, .5))
+    yield 'topk 64 tokens/s', speed['topk 64'], 1e6, '>='
+    yield 'transform 0.01 tokens/s', speed['transform 0.01 levels'], 3e5, '>='
+    for k in ('bf16', 'int8'): yield f'{k} share of memcpy', speed[k]/speed['memcpy'], .5, '>='
+
+def report(bars):
+    "Print each bar; True if none is short"
+    fine = True
+    for name,value,limit,*way in bars:
+        ok = value>=limit if way else value<=limit
+        fine = fine and ok
+        print(f"BAR {name.replace(' ', '_')} {value:.3g} {limit:.3g} {'ok' if ok else 'short'}")
+    return fine
+
+def machine():
+    cpu = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+    return f"{cpu[1] if cpu else platform.processor()}, one thread; Python {platform.python_version()}, torch {torch.__version__}"
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for k,v in dict(answers=64, tokens=128, rows=8192).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('--quick', action='store_true', help='calibrate on 24 answers of 64 tokens')
+    a = p.parse_args()
+    if a.quick: a.answers,a.tokens = 24,64
+    torch.set_num_threads(1)
+    teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
+    head = head_of(teacher.model)
+    _,h = asked(teacher, 'train', a.answers, a.tokens)
+    text = {s: asked(teacher, s, 8, a.tokens//2) for s in ('heldout', 'ood')}
+    fitted,res = fit_all(h, head, STORES, TS),{}
+    print(f'## Cache\n\nCodecs fitted on {len(h):,} tokens. Machine: {machine()}.\n')
+    print('| text | codec | bytes | nats, T=1 | T=2 | T=4 |\n|---|---|---|---|---|---|')
+    for s,(_,x) in text.items():
+        stored = {k: c.encode(x, head) for k,c in fitted.items()}
+        res[s] = {k: (sum(v.nbytes for v in stored[k].values())/len(x), *nats(c, stored[k], x, head)) for k,c in fitted.items()}
+        for k,(b,*l) in res[s].items(): print(f'| {s}, {len(x)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |', flush=True)
+    exs,x = text['heldout']
+    added = quantisation(fitted['topk 64'], fitted['topk 64'].encode(x, head), x, head)
+    n,ours,theirs = noise(fitted['sampled'], x, student_states(teacher, exs), head)
+    print(f'\nLoss noise on the teacher without six blocks: threshold sampling {ours:.3f} nats, {n} draws with replacement in the same bytes {theirs:.3f}.\n')
+    speed = speeds(fitted, x, head, a.rows)
+    print('| read | million tokens/s |\n|---|---|\n'+'\n'.join(f'| {k} | {v/1e6:.2f} |' for k,v in speed.items())+'\n')
+    return 0 if report(bars(res, added, ours/theirs, speed)) else 1
+
+if __name__=='__main__': sys.exit(main())
