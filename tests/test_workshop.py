@@ -2,7 +2,7 @@
 import ast, contextlib, io, json, re, tomllib
 from pathlib import Path
 
-import matplotlib, pytest, yaml
+import matplotlib, pytest
 
 from distill_nb.recipes import Config
 
@@ -110,6 +110,7 @@ def test_howto_runs_as_printed(p):
     assert (found := blocks(p, 'python'))
     for s in found: say(s, {'__name__': '__main__'})
 
-def test_howto_yaml_is_a_configuration():
-    c = Config.from_dict(yaml.safe_load(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0]))
+def test_howto_yaml_is_a_configuration(tmp_path):
+    (tmp_path/'o.yaml').write_text(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0])
+    c = Config.from_yaml(tmp_path/'o.yaml')
     assert c.teacher.model_id!=c.student.model_id and c.teacher.model_id!='embedded' and c.student.prune is None
