@@ -1,5 +1,5 @@
 "The site builds without network, and nothing on it points nowhere"
-import shutil, subprocess, sys
+import functools, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -19,6 +19,7 @@ class Links(HTMLParser):
         if 'id' in a: self.ids.add(a['id'])
         if (url := a.get('href') if tag=='a' else a.get('src') if tag=='img' else None): self.to.append(url)
 
+@functools.cache
 def links(p):
     res = Links()
     res.feed(p.read_text(encoding='utf-8'))
