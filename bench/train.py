@@ -36,7 +36,7 @@ def batch_of(B, L, kind, head, k):
     hidden = torch.randn(B*L, D, generator=g).bfloat16()
     res = dict(input_ids=x, attention_mask=torch.ones_like(x), labels=x.roll(-1, 1), index=torch.arange(B))
     if kind=='hidden': return res | dict(teacher_hidden=hidden)
-    parts = [top_k(head(o), k) for o in hidden.split(128)]
+    parts = [top_k(head(o), k)[:3] for o in hidden.split(128)]
     ids,logits,tail = map(torch.cat, zip(*parts))
     return res | dict(teacher_topk=SimpleNamespace(ids=ids, logits=logits, tails=tail[:,None]))
 
@@ -47,8 +47,8 @@ def step_fn(a, kind, model):
         make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
     else:
         head = Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
-        codec = SimpleNamespace(gives='hidden') if kind=='hidden' else SimpleNamespace(gives='topk', temperatures=torch.tensor([1.]))
-        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, manifest=dict(layers=[])), DistillationLoss(1., 1.))
+        codec = SimpleNamespace(temperatures=torch.tensor([1.]))
+        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=kind, manifest=dict(layers=[])), DistillationLoss(1., 1.))
         loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, kind, head, a.k)
     opt = adamw(model.parameters())
     def prepare(B, L):
