@@ -109,9 +109,9 @@ def section(a, tables):
     return '\n\n'.join(['## Loss', what + ' ' + how, f'Machine: {machine()}.', *tables])
 
 def write(text):
-    "Put the section in place of the old one, or at the end"
-    old = RESULTS.read_text(encoding='utf-8') if RESULTS.exists() else '# Results\n'
-    parts = [o for o in re.split(r'(?m)^(?=## )', old) if not o.startswith('## Loss\n')]
+    "Put a section in place of the one with its title, or at the end"
+    old,title = RESULTS.read_text(encoding='utf-8') if RESULTS.exists() else '# Results\n', text.splitlines()[0]+'\n'
+    parts = [o for o in re.split(r'(?m)^(?=## )', old) if not o.startswith(title)]
     RESULTS.write_text('\n\n'.join(o.strip() for o in parts + [text]) + '\n', encoding='utf-8')
 
 def main():
