@@ -17,7 +17,7 @@ from distill_nb.eval import Scores, better, evaluate
 from distill_nb.loss import DistillationLoss
 from distill_nb.projection import ProjectionHead, map_layers
 from distill_nb.relations import capture_qkv, relation_loss
-from distill_nb.stages import on_policy, self_distill
+from distill_nb.stages import on_policy, score_cache, self_distill
 from distill_nb.student import add_lora, freeze_below, merge_lora, prune_student
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts
 from distill_nb.trainer import Distiller, DistillTrainer, Stage
@@ -80,6 +80,13 @@ class Ablation:
         s = self.student()
         return s, self.fit(Relations(s, self.cache, DistillationLoss(), self.teacher), 'relations', self.a.steps, seed)
 
+    def stored(self, name, seed, **codec):
+        "From the same texts, kept in another way"
+        exs = [self.cache[i] for i in self.idx]
+        texts = [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in exs]
+        c,s = score_cache(self.teacher, [e['meta'] for e in exs], texts, self.out/f'store-{name}', **codec),self.student()
+        return s, self.fit(Distiller(s, c, DistillationLoss()), name, self.a.steps, seed, c)
+
     def lora(self, seed):
         s = add_lora(self.student(0), from_block=4)
         n = self.fit(Distiller(s, self.cache, DistillationLoss()), 'lora', self.a.steps, seed, lr=5*LR)
@@ -106,10 +113,11 @@ class Ablation:
     def runs(self):
         "Name to a function of the seed that returns a student and the target tokens it was trained on"
         part = lambda **kw: lambda seed: self.plain(seed, **kw)
+        kept = {f'transform, {n:g} nats': dict(codec='transform', nats=n) for n in (.01, .05, .5)} | {'top-k 64': dict(codec='topk', k=64), 'sampled': dict(codec='sampled')}
         return {'logits': part(), 'cross-entropy': part(targets='text'), 'T = 2': part(temperature=2.), 'T = 4': part(temperature=4.),
             'reverse KL': part(divergence='reverse_kl'), 'features': self.features, 'relations': self.relations, 'nothing frozen': part(frozen=0),
             'unfreezing': part(frozen=0, unfreeze=[(0., 5), (.3, 10), (.6, 'all')]), 'three stages': self.stages,
-            'on-policy round': self.on_policy, 'LoRA': self.lora}
+            'on-policy round': self.on_policy, 'LoRA': self.lora} | {n: (lambda seed, n=n, o=o: self.stored(n.replace(' ', '_'), seed, **o)) for n,o in kept.items()}
 
     def judge(self, model): return {s: evaluate(model, self.cache, self.cache.select(split=s)).to_dict() for s in ('heldout', 'ood')}
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """CPU seconds and peak memory of one optimizer step: distillation from a cache against plain cross-entropy fine-tuning.
 
-usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--quick]
+usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--trl FOLDER] [--no-write] [--quick]
 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
-before the clock starts, as a cache would hold them. Prints a table, then one line per bar, and exits 1 where one is short. `--quick` takes the
-shortest length and one pair. Memory is the peak of resident memory during the step (VmHWM) less what was resident before it. Linux only.
+before the clock starts, as a cache would hold them. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
+30 layers online. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
+takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the step (VmHWM) less what was resident before it. Linux only.
 """
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path
@@ -19,10 +20,11 @@ from distill_nb.divergences import top_k
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
 from distill_nb.trainer import Distiller, adamw
-from loss import machine, status
+from loss import machine, status, write
 
 V,D = 49152,576
 BARS = dict(hidden=(1.12, .65), topk=(1., None)) # largest ratio to plain of time, and of memory
+TRL_BARS = 1/1.6,1/3 # largest ratio of hidden to TRL's GKD, of time and of memory
 
 def student(layers):
     torch.manual_seed(0)
@@ -42,7 +44,12 @@ def batch_of(B, L, kind, head, k):
 
 def step_fn(a, kind, model):
     "A function of (B, L) that prepares a step and returns it"
-    if kind=='plain':
+    if kind=='gkd':
+        from trl.experimental.gkd import GKDTrainer
+        own = SimpleNamespace(teacher_model=student(30).requires_grad_(False), beta=0., generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+        def loss(b): return GKDTrainer.compute_loss(own, model, b | dict(labels=b['input_ids']))
+        make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
+    elif kind=='plain':
         def loss(b): return model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], labels=b['input_ids'], use_cache=False).loss
         make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
     else:
@@ -74,40 +81,48 @@ def one(a):
 
 def spawn(a, kind, length):
     args = [sys.executable, __file__, '--batch', str(a.batch), '--lengths', str(length), '--layers', str(a.layers), '--k', str(a.k), '--one', kind]
+    if a.trl: args += ['--trl', a.trl]
     out = subprocess.run(args, capture_output=True, text=True, check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
     return json.loads(out.stdout.splitlines()[-1])
 
 def measure(a, length):
     "Medians of interleaved runs: `{contender: (CPU seconds, MiB)}`"
-    runs = {k: [] for k in ('plain', *BARS)}
+    runs = {k: [] for k in ('plain', *BARS, *(['gkd'] if a.trl else []))}
     for _ in range(a.pairs):
         for k in runs: runs[k].append(spawn(a, k, length))
     return {k: tuple(median(r[o] for r in v) for o in ('s','mib')) for k,v in runs.items()}
 
-def report(a, length, res):
-    "Table and bars of one length; returns whether all bars hold"
-    (s0,m0),ok = res['plain'],True
-    print(f'| {a.batch} x {length} | CPU s | MiB | time ratio | memory ratio |\n|---|---|---|---|---|')
-    for k,(s,m) in res.items(): print(f'| {k} | {s:.2f} | {m:.0f} | {s/s0:.2f} | {m/m0:.2f} |')
-    print()
-    for k,limits in BARS.items():
-        for what,value,limit in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), limits):
-            if limit is None: continue
-            ok &= value<=limit
-            print(f"BAR {k}_{what}_{a.batch}x{length} {value:.2f} {limit} {'ok' if value<=limit else 'short'}")
-    print(flush=True)
-    return ok
+def bars(a, length, res):
+    "Name, value and limit of each bar of one length"
+    s0,m0 = res['plain']
+    found = [(f'{k}_{what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
+    if a.trl: found += [(f'hidden_{what}_of_gkd', h/g, lim) for what,h,g,lim in zip(('time', 'memory'), res['hidden'], res['gkd'], TRL_BARS)]
+    return [(f'{n}_{a.batch}x{length}', v, lim) for n,v,lim in found]
+
+def table(a, length, res):
+    (s0,m0),head = res['plain'],[f'| {a.batch} x {length} | CPU s | MiB | time ratio | memory ratio |', '|---|---|---|---|---|']
+    return '\n'.join(head + [f'| {k} | {s:.2f} | {m:.0f} | {s/s0:.2f} | {m/m0:.2f} |' for k,(s,m) in res.items()])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(batch=4, layers=10, k=50, pairs=3).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--lengths', type=int, nargs='+', default=[512, 128])
-    p.add_argument('--quick', action='store_true', help='the shortest length, one pair')
-    p.add_argument('--one', choices=('plain', *BARS), help=argparse.SUPPRESS)
+    p.add_argument('--trl', help='folder that TRL was installed into')
+    p.add_argument('--no-write', action='store_true', help='print only')
+    p.add_argument('--quick', action='store_true', help='the shortest length, one pair, printed only')
+    p.add_argument('--one', choices=('plain', *BARS, 'gkd'), help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.trl: sys.path.append(a.trl)
     if a.one: return one(a)
-    if a.quick: a.pairs,a.lengths = 1,[min(a.lengths)]
-    print(f'One optimizer step, {a.layers} layers, {sum(o.numel() for o in student(a.layers).parameters())/1e6:.1f} M parameters, k = {a.k}. Machine: {machine()}.\n')
-    return 0 if all([report(a, n, measure(a, n)) for n in a.lengths]) else 1
+    if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
+    size = sum(o.numel() for o in student(a.layers).parameters())/1e6
+    what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process.'
+    res = {n: measure(a, n) for n in a.lengths}
+    found = [o for n in a.lengths for o in bars(a, n, res[n])]
+    said = '\n'.join(f"BAR {n} {v:.2f} {lim:.2f} {'ok' if v<=lim else 'short'}" for n,v,lim in found)
+    text = '\n\n'.join(['## Train', what, f'Machine: {machine()}.', *[table(a, n, o) for n,o in res.items()], f'```\n{said}\n```'])
+    print(text)
+    if not a.no_write: write(text)
+    return 0 if all(v<=lim for _,v,lim in found) else 1
 
 if __name__=='__main__': sys.exit(main())
