@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Time and peak memory of distillation losses, forward plus backward, each run in a fresh process.
 
-usage: loss.py [--tokens 2048] [--hidden 576] [--vocab 49152] [--k 50] [--pairs 3] [--threads 1 2] [--no-write] [--quick]
+usage: loss.py [--tokens 2048] [--hidden 576] [--vocab 49152] [--k 50] [--pairs 3] [--threads 1 2] [--peers FOLDER] [--no-write] [--quick]
 
-Prints a Markdown table with ratios to plain cross-entropy, and writes it as the section "Loss" of RESULTS.md beside this file.
-Memory is the peak of resident memory during the call (VmHWM) less what was resident before it, with all inputs in place and what making them
+Prints a Markdown table with ratios to plain cross-entropy and a line per bar, and writes both as the section "Loss" of RESULTS.md beside this file.
+With FOLDER, where `pip install --no-deps --target FOLDER trl liger-kernel torchtune textbrewer` put them, also the losses of these packages.
+Time is CPU time on one thread, else wall-clock time. Memory is the peak of resident memory during the call (VmHWM) less what was resident before it, with all inputs in place and what making them
 left free in the heap given back. Linux with glibc only.
 """
-import argparse, ctypes, json, os, platform, re, subprocess, sys, time
+import argparse, ctypes, json, os, platform, re, runpy, subprocess, sys, time
+from importlib.metadata import files
 from pathlib import Path
 from statistics import median
 
@@ -66,9 +68,32 @@ def ours_reverse(h, S, hT, Te, y, a):
     zt = Te(hT)
     return lambda: linear_divergence(h, S, zt, T, divergence='reverse_kl').loss
 
+def trl(h, S, hT, Te, y, a):
+    from trl.experimental.gkd import GKDTrainer
+    return lambda: GKDTrainer.generalized_jsd_loss(S(h)[None], Te(hT)[None], labels=y[None], beta=0., temperature=T)
+
+def liger(h, S, hT, Te, y, a):
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+    f = LigerFusedLinearJSDLoss(0., 1., 0., temperature=T, compiled=False)
+    return lambda: f(h, S.weight, hT, Te.weight, y)
+
+def alone(package, name):
+    "What a file of a package defines, without the package, which may ask for much else"
+    return runpy.run_path(str(next(o for o in files(package) if o.name==name).locate()))
+
+def torchtune(h, S, hT, Te, y, a):
+    f = alone('torchtune', 'kd_losses.py')['ForwardKLLoss']()
+    return lambda: f(S(h)[None]/T, Te(hT)[None]/T, y[None])
+
+def textbrewer(h, S, hT, Te, y, a):
+    f = alone('textbrewer', 'losses.py')['kd_ce_loss']
+    return lambda: f(S(h), Te(hT), T)
+
+PEERS = {'TRL GKD': trl, 'Liger fused JSD': liger, 'torchtune ForwardKLLoss': torchtune, 'TextBrewer kd_ce_loss': textbrewer}
 CONTENDERS = {'plain cross-entropy': plain_ce, 'kl_div on full logits, stored targets': textbook_kl, "ours, teacher's hidden states and head": ours_head,
     'ours, stored dense logits': ours_dense, 'ours, top-k with bucket': ours_top_k, 'ours, top-k with bucket and cross-entropy': ours_top_k_ce,
-    'ours, stored dense logits, reverse KL': ours_reverse}
+    'ours, stored dense logits, reverse KL': ours_reverse} | PEERS
+BARS = {'ours, top-k with bucket': (1., .2), 'ours, stored dense logits': (1.1, .45), "ours, teacher's hidden states and head": (1.35, .3)} # of plain, time and memory
 
 def one(a):
     "One measured call in this process, after a small one that loads what torch loads late"
@@ -78,19 +103,21 @@ def one(a):
     f = CONTENDERS[a.one](*inputs(a), a)
     ctypes.CDLL(None).malloc_trim(0)
     Path('/proc/self/clear_refs').write_text('5')
-    before,start = status('VmRSS'),time.perf_counter()
+    clock = time.process_time if a.threads[0]==1 else time.perf_counter
+    before,start = status('VmRSS'),clock()
     f().backward()
-    print(json.dumps(dict(s=time.perf_counter()-start, mib=status('VmHWM')-before)))
+    print(json.dumps(dict(s=clock()-start, mib=status('VmHWM')-before)))
 
 def spawn(a, name, threads):
     size = [o for k in ('tokens', 'hidden', 'vocab', 'k') for o in (f'--{k}', str(getattr(a, k)))]
+    if a.peers: size += ['--peers', a.peers]
     out = subprocess.run([sys.executable, __file__, *size, '--threads', str(threads), '--one', name], capture_output=True, text=True, check=True,
         env=os.environ|dict(OMP_NUM_THREADS=str(threads)))
     return json.loads(out.stdout.splitlines()[-1])
 
 def measure(a, threads):
     "Medians of interleaved runs: `{contender: (seconds, MiB)}`"
-    runs = {k: [] for k in CONTENDERS}
+    runs = {k: [] for k in CONTENDERS if a.peers or k not in PEERS}
     for _ in range(a.pairs):
         for k in runs: runs[k].append(spawn(a, k, threads))
     return {k: tuple(median(r[o] for r in v) for o in ('s','mib')) for k,v in runs.items()}
@@ -98,6 +125,14 @@ def measure(a, threads):
 def table(res, threads):
     (s0,m0),lines = res['plain cross-entropy'],[f'| {threads} thread{"s"*(threads>1)} | s | MiB | time ratio | memory ratio |', '|---|---|---|---|---|']
     return '\n'.join(lines + [f'| {k} | {s:.2f} | {m:.0f} | {s/s0:.2f} | {m/m0:.2f} |' for k,(s,m) in res.items()])
+
+def bars(res, threads):
+    s0,m0 = res['plain cross-entropy']
+    ratios = {k: (res[k][0]/s0, res[k][1]/m0) for k in BARS}
+    rows = [(f'{k}, {what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), ratios[k], lims)]
+    head = res["ours, teacher's hidden states and head"]
+    rows += [(f'ours to {k}, {what}', h/p, 1.) for k in PEERS if k in res for what,h,p in zip(('time', 'memory'), head, res[k])]
+    return '\n'.join(f"BAR {threads} thread{'s'*(threads>1)}, {n} {v:.2f} {lim:g} {'ok' if v<=lim else 'short'}" for n,v,lim in rows)
 
 def machine():
     cpu = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
@@ -118,13 +153,17 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(tokens=2048, hidden=576, vocab=49152, k=50, pairs=3).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
+    p.add_argument('--peers', help='folder that the other packages were installed into')
     p.add_argument('--no-write', action='store_true', help='print only')
     p.add_argument('--quick', action='store_true', help='one run each, on one thread, printed only')
     p.add_argument('--one', choices=CONTENDERS, help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.peers: sys.path.append(a.peers)
     if a.one: return one(a)
     if a.quick: a.pairs,a.threads,a.no_write = 1,[1],True
-    text = section(a, [table(measure(a, n), n) for n in a.threads])
+    res = {n: measure(a, n) for n in a.threads}
+    said = '\n'.join(bars(o, n) for n,o in res.items())
+    text = section(a, [table(o, n) for n,o in res.items()] + [f'```\n{said}\n```'])
     print(text)
     if not a.no_write: write(text)
 
