@@ -12,6 +12,7 @@ import argparse, ctypes, json, os, platform, re, runpy, subprocess, sys, time
 from importlib.metadata import files
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
 from torch import nn
@@ -77,17 +78,16 @@ def liger(h, S, hT, Te, y, a):
     f = LigerFusedLinearJSDLoss(0., 1., 0., temperature=T, compiled=False)
     return lambda: f(h, S.weight, hT, Te.weight, y)
 
-def alone(package, name):
-    "What a file of a package defines, without the package, which may ask for much else"
-    return runpy.run_path(str(next(o for o in files(package) if o.name==name).locate()))
-
 def torchtune(h, S, hT, Te, y, a):
-    f = alone('torchtune', 'kd_losses.py')['ForwardKLLoss']()
+    "Its file of losses alone: the whole package asks for a torchao that matches torch"
+    file = next(o for o in files('torchtune') if o.name=='kd_losses.py')
+    f = runpy.run_path(str(file.locate()))['ForwardKLLoss']()
     return lambda: f(S(h)[None]/T, Te(hT)[None]/T, y[None])
 
 def textbrewer(h, S, hT, Te, y, a):
-    f = alone('textbrewer', 'losses.py')['kd_ce_loss']
-    return lambda: f(S(h), Te(hT), T)
+    sys.modules['torch.utils.tensorboard'] = SimpleNamespace(SummaryWriter=None) # its distillers ask for it, its losses do not
+    from textbrewer.losses import kd_ce_loss
+    return lambda: kd_ce_loss(S(h), Te(hT), T)
 
 PEERS = {'TRL GKD': trl, 'Liger fused JSD': liger, 'torchtune ForwardKLLoss': torchtune, 'TextBrewer kd_ce_loss': textbrewer}
 CONTENDERS = {'plain cross-entropy': plain_ce, 'kl_div on full logits, stored targets': textbook_kl, "ours, teacher's hidden states and head": ours_head,
