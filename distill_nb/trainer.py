@@ -155,12 +155,11 @@ def forward(self:Distiller,
         out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads))
     alpha = s.alpha if self.heads else float(s.alpha>0)
     d = self.compare(h[0][mask], labels[mask], batch, alpha)
-    loss = d.loss
+    loss,logit = d.loss,(d.loss.detach()-s.ce*d.ce.sum())/alpha if alpha else s.temperature**2*d.kl.sum()
     if self.heads:
         f = self.features(out.hidden_states, batch, mask).sum()
         loss = loss + (1-alpha)*self.balance*f
-    return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=s.temperature**2*d.kl.sum(), n=len(d.kl),
-        feature=None if f is None else f.detach())
+    return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=logit, n=len(d.kl), feature=None if f is None else f.detach())
 
 # %% ../nbs/03_trainer.ipynb #fe2f87bb
 @dataclass
