@@ -6,10 +6,10 @@ Docs: https://example.org/distill_nb/cache.html.md"""
 
 # %% auto #0
 __all__ = ['SCHEMA', 'CacheError', 'canonical', 'sha256_json', 'replace_file', 'save_json', 'load_json', 'save_tensors',
-           'check_tensors', 'open_tensors', 'load_tensors', 'as_rows', 'fitting', 'score_rows', 'gives', 'fit_settings',
-           'codec_settings', 'codec_of', 'check_head', 'make_manifest', 'shard_path', 'load_manifest', 'check_manifest',
-           'save_tokenizer', 'load_tokenizer', 'estimate_size', 'claim', 'build_cache', 'check_shard', 'TeacherCache',
-           'join', 'repair_cache']
+           'check_tensors', 'open_tensors', 'load_tensors', 'as_rows', 'given', 'read_rows', 'repeat_rows', 'how_many',
+           'fitting', 'score_rows', 'gives', 'fit_settings', 'codec_settings', 'codec_of', 'check_head',
+           'make_manifest', 'shard_path', 'load_manifest', 'check_manifest', 'save_tokenizer', 'load_tokenizer',
+           'estimate_size', 'claim', 'build_cache', 'check_shard', 'TeacherCache', 'join', 'repair_cache']
 
 # %% ../nbs/00c_cache.ipynb #279d3cee
 import contextlib, errno, hashlib, inspect, json, os, re, shutil, socket
@@ -143,6 +143,42 @@ def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list 
     if not rows: raise ValueError('no prompts: give at least one')
     return rows
 
+# %% ../nbs/00c_cache.ipynb #c7bcb9ba
+def given(rows:list[dict], # From `as_rows`
+)->bool: # Is there a response to each?
+    "Do the rows bring their responses? Raises `ValueError` where only some do, or where one is no text"
+    has = [r.get('response') is not None for r in rows]
+    if not any(has): return False
+    if not all(has): raise ValueError(f'prompt {has.index(False)} has no `response`, and prompt {has.index(True)} has one: build a cache of each kind')
+    for i,r in enumerate(rows):
+        if not isinstance(r['response'], str) or not r['response'].strip(): raise ValueError(f'prompt {i}: its `response` is no text or empty: remove that row')
+    return True
+
+# %% ../nbs/00c_cache.ipynb #c03d4ced
+def read_rows(teacher:TeacherSynthesizer, # Whose tokenizer and chat template it is
+    rows:list[dict], # With `prompt`, `response` and, where some were cut off, `ended`
+)->list[dict]: # Examples
+    "Rows with given responses, in tokens"
+    return teacher.read(*[[r[k] for r in rows] for k in ('prompt', 'response')], [r.get('ended', True) is not False for r in rows])
+
+# %% ../nbs/00c_cache.ipynb #790a3701
+def repeat_rows(rows:list[dict], # From `as_rows`
+    n:int, # Responses to each prompt
+)->list[dict]: # Each row `n` times, with `draw` from 0 to n-1; as they are for one
+    "A row for each response"
+    return rows if n==1 else [dict(r, draw=j) for r in rows for j in range(n)]
+
+def how_many(rows:list[dict], # From `as_rows`
+    n_responses:int, # As asked for
+    temperature:float, # Of the responses
+)->int|str: # `n_responses`, or 'given'
+    "What the manifest says of the responses; raises `ValueError` where that cannot be"
+    n,own = n_responses,given(rows)
+    if type(n) is not int or n<1: raise ValueError(f'n_responses is {n}: a number from 1')
+    if n>1 and own: raise ValueError(f'n_responses is {n}, and the rows bring their own: give a row for each response')
+    if n>1 and not temperature>0: raise ValueError(f'n_responses is {n} at temperature {temperature}: they would all be the same; use a temperature above 0')
+    return 'given' if own else n
+
 # %% ../nbs/00c_cache.ipynb #cf1fb43c
 def fitting(teacher:TeacherSynthesizer, # Who is asked
     rows:list[dict], # From `as_rows`
@@ -150,11 +186,13 @@ def fitting(teacher:TeacherSynthesizer, # Who is asked
 )->list[int]: # Numbers of the rows that can be answered
     "Rows whose prompts leave room for an answer"
     if too_long not in ('error', 'skip'): raise ValueError(f"too_long is {too_long!r}: use 'error' or 'skip'")
-    lens,room = [len(o) for o in teacher.encode([r['prompt'] for r in rows])],context_of(teacher.model)
-    if (none := [i for i,n in enumerate(lens) if not n]): raise ValueError(f'prompt {none[0]} has no tokens: remove that row')
-    bad = [i for i,n in enumerate(lens) if n>=room]
+    own,room = given(rows),context_of(teacher.model)
+    exs = read_rows(teacher, rows) if own else [dict(input_ids=o, prompt_len=len(o)) for o in teacher.encode([r['prompt'] for r in rows])]
+    if (none := [i for i,e in enumerate(exs) if not e['prompt_len']]): raise ValueError(f'prompt {none[0]} has no tokens: remove that row')
+    lens = [len(e['input_ids']) for e in exs]
+    bad = [i for i,n in enumerate(lens) if n>=room+own]
     if bad and too_long=='error':
-        raise ValueError(f"prompt {bad[0]} has {lens[bad[0]]} tokens and the teacher room for {room}: shorten it, or leave such rows out with too_long='skip'")
+        raise ValueError(f"prompt {bad[0]} has {lens[bad[0]]} tokens{' with its response' if own else ''} and the teacher room for {room}: shorten it, or leave such rows out with too_long='skip'")
     return [i for i in range(len(rows)) if i not in set(bad)]
 
 # %% ../nbs/00c_cache.ipynb #0b3baa66
@@ -247,7 +285,7 @@ def check_head(teacher:TeacherSynthesizer, # Who is asked
     return kl
 
 # %% ../nbs/00c_cache.ipynb #950b27e8
-SCHEMA = 2
+SCHEMA = 3
 
 def make_manifest(teacher:TeacherSynthesizer, # Who is asked
     rows:list[dict], # From `as_rows`
@@ -316,7 +354,7 @@ def check_manifest(old:dict, # What is on disk
 def _in_terms_of(old, m):
     "Manifest `m` with no more keys than an older `old` has"
     if old['schema']==SCHEMA: return m
-    m = {k: v for k,v in m.items() if k in old} | dict(schema=old['schema'])
+    m = {k: v for k,v in m.items() if k in old or k=='responses' and v!=1} | dict(schema=old['schema'])
     return m | {k: {j: x for j,x in m[k].items() if j in old[k]} for k in ('teacher', 'generation')}
 
 def _prepare(teacher, rows, path, shard_size, settings):
@@ -390,22 +428,32 @@ def _token_bytes(teacher, ids, m):
     codec = cls.fit(h, head, **{k: m[k] for k in fit_settings(cls) if k in m})
     return fixed+sum(v.nbytes for v in _codes(codec, h, head).values())/len(h)
 
+def _lengths(teacher, rows, m):
+    "Tokens of all prompts, and of all responses at most"
+    if m.get('responses')=='given':
+        exs = read_rows(teacher, rows)
+        return sum(e['prompt_len'] for e in exs),sum(len(e['input_ids'])-e['prompt_len'] for e in exs)
+    return sum(map(len, teacher.encode([r['prompt'] for r in rows]))),len(rows)*m['generation']['max_new_tokens']
+
 def _size(teacher, rows, m):
     "Response tokens at most, bytes of each, and bytes of all files of a cache of `rows`"
-    ids = teacher.encode([r['prompt'] for r in rows])
-    n,b = len(rows)*m['generation']['max_new_tokens'],_token_bytes(teacher, ids[0], m)
+    p,n = _lengths(teacher, rows, m)
+    b = _token_bytes(teacher, teacher.encode([rows[0]['prompt']])[0], m)
     head = 2*sum(v.nbytes for v in head_of(teacher.model) if v is not None)
-    return dict(response_tokens=n, bytes_per_token=round(b, 1), bytes=int(n*b)+4*sum(map(len, ids))+2*len(canonical(rows))+head)
+    return dict(response_tokens=n, bytes_per_token=round(b, 1), bytes=int(n*b)+4*p+2*len(canonical(rows))+head)
 
 # %% ../nbs/00c_cache.ipynb #10e0b4d5
 def estimate_size(teacher:TeacherSynthesizer, # Who will be asked
     prompts, # As in `build_cache`
     layers:tuple=(), # More hidden states to keep
     max_new_tokens:int=512, # Longest response, in tokens
+    n_responses:int=1, # Responses to each prompt
     **how # `codec`, `dtype`, `nats` and settings of the codec, as in `build_cache`
 )->dict: # `response_tokens`, `bytes_per_token` and `bytes`, at most
     "What a cache will take on disk if every response is as long as it may be"
-    return _size(teacher, as_rows(prompts), dict(codec_settings(**how), layers=list(layers), generation=dict(max_new_tokens=max_new_tokens)))
+    rows = as_rows(prompts)
+    m = dict(codec_settings(**how), layers=list(layers), generation=dict(max_new_tokens=max_new_tokens), responses=how_many(rows, n_responses, 1.))
+    return _size(teacher, repeat_rows(rows, n_responses), m)
 
 # %% ../nbs/00c_cache.ipynb #978566be
 @contextlib.contextmanager
@@ -435,12 +483,15 @@ def _check_finite(exs, rows, start, hs):
     k = int((ends<=int(bad.nonzero()[0])).sum())
     raise CacheError(f"the teacher's hidden states are not finite for prompt {start+k}, {rows[k]['prompt'][:80]!r}: remove it, or use a wider dtype for the teacher")
 
-def _build_shard(teacher, rows, path, i, m, batch_size):
-    "Write, score and store shard `i`; shard 0 also calibrates and stores the codec"
-    g = m['generation']
+def _written(teacher, rows, i, g, batch_size):
+    "The responses of shard `i`, and what passed the head's door meanwhile"
     args = g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size
-    exs = teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True)
-    h,extra = score_rows(teacher, exs, m['layers']) if m['layers'] else (torch.cat([e['hidden'] for e in exs]), {})
+    return teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True)
+
+def _build_shard(teacher, rows, path, i, m, batch_size):
+    "Write or read, score and store shard `i`; shard 0 also calibrates and stores the codec"
+    exs = read_rows(teacher, rows) if m.get('responses')=='given' else _written(teacher, rows, i, m['generation'], batch_size)
+    h,extra = (torch.cat([e['hidden'] for e in exs]), {}) if 'hidden' in exs[0] and not m['layers'] else score_rows(teacher, exs, m['layers'])
     _check_finite(exs, rows, _starts(m['shards'])[i], [h, *extra.values()])
     if i==0: _save_codec(teacher, exs[0], h, path, m)
     t,_ = load_tensors(path/'codec.safetensors')
@@ -465,7 +516,7 @@ def _build_missing(teacher, parts, path, m, batch_size, progress):
 # %% ../nbs/00c_cache.ipynb #86e72822
 def build_cache(
     teacher:TeacherSynthesizer, # Who is asked
-    prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings
+    prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings; with a `response` in each, nothing is written
     path:str|Path, # Folder of the cache
     codec:str='hidden', # What is stored of a token: 'hidden' (numbers of `dtype`), 'transform' (hidden states to `nats`), or another of `CODECS`
     dtype:str='bf16', # For 'hidden': 'bf16' (exact for a bf16 teacher) or 'int8' (half of it, about 1e-3 nats)
@@ -475,6 +526,7 @@ def build_cache(
     temperature:float=0.8, # Sampling temperature of the responses
     top_p:float=1., # Keep the most likely tokens that hold this much mass
     seed:int=0, # Shard i draws from generators seeded by (seed, i)
+    n_responses:int=1, # Responses to each prompt; `draw` in the meta of an example says which it is
     shard_size:int=64, # Examples per shard
     batch_size:int=64, # Prompts written together
     too_long:str='error', # What to do with a prompt that fills the teacher's context: 'error' or 'skip'
@@ -483,11 +535,14 @@ def build_cache(
 ): # A `TeacherCache`, also set as `teacher.cache`
     "Ask the teacher about `prompts` and keep the answers; goes on where an interrupted build stopped"
     how,rows = codec_settings(codec, dtype, nats, **settings),as_rows(prompts)
+    n = how_many(rows, n_responses, temperature)
     gen = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=min(batch_size, shard_size))
+    how |= dict(layers=list(layers), responses=n, generation={} if n=='given' else gen, too_long=too_long)
     with claim(path) as path:
         fit = fitting(teacher, rows, too_long)
-        skipped,rows = sorted(set(range(len(rows)))-set(fit)),[rows[i] for i in fit]
-        m = _prepare(teacher, rows, path, shard_size, dict(how, layers=list(layers), generation=gen, too_long=too_long, skipped=skipped))
+        how['skipped'] = sorted(set(range(len(rows)))-set(fit))
+        rows = repeat_rows([rows[i] for i in fit], n_responses)
+        m = _prepare(teacher, rows, path, shard_size, how)
         _fill(teacher, rows, path, m, batch_size, progress)
     teacher.cache = TeacherCache(path)
     return teacher.cache
@@ -602,11 +657,11 @@ def verify(self:TeacherCache)->list[str]: # One message for each damaged file; e
     return list(_damage(self.path, self.manifest).values())
 
 # %% ../nbs/00c_cache.ipynb #8a155d40
-def _rows_of(path, m, i, given):
-    "Prompts of shard `i`, from its sidecar or else from `given`"
+def _rows_of(path, m, i, asked):
+    "Prompts of shard `i`, from its sidecar or else from those `asked`"
     s,a = m['shards'][i],_starts(m['shards'])[i]
     try: rows = load_json(shard_path(path, i).with_suffix('.json'))['meta']['rows']
-    except CacheError: rows = given[a:a+s['n']]
+    except CacheError: rows = asked[a:a+s['n']]
     if sha256_json(rows)!=s['prompts']: raise CacheError(f'{path}: the prompts of shard {i} are lost with its sidecar: give the prompts that the cache was built from')
     return rows
 
@@ -617,13 +672,14 @@ def repair_cache(teacher:TeacherSynthesizer, # The teacher that made it
     progress:bool=False, # Show a bar?
 )->list[str]: # What was wrong, and is no longer
     "Make again what is damaged or missing in a cache, and nothing else"
-    m,given = load_manifest(Path(path)),[] if prompts is None else as_rows(prompts)
+    m,rows = load_manifest(Path(path)),[] if prompts is None else as_rows(prompts)
     check_manifest(m, _in_terms_of(m, {**m, 'teacher': teacher.fingerprint}), path)
-    given = [r for i,r in enumerate(given) if i not in m.get('skipped', [])]
+    rows = [r for i,r in enumerate(rows) if i not in m.get('skipped', [])]
+    if type(n := m.get('responses')) is int: rows = repeat_rows(rows, n)
     with claim(path) as path:
         bad = _damage(path, m)
         again = sorted({0 if k=='codec' else k for k in bad}-{'tokenizer'})
-        parts = {i: _rows_of(path, m, i, given) for i in again}
+        parts = {i: _rows_of(path, m, i, rows) for i in again}
         if 'tokenizer' in bad: save_tokenizer(teacher.tokenizer, path)
         _build_missing(teacher, parts, path, m, m['generation'].get('batch_size', 64), progress)
     return list(bad.values())
