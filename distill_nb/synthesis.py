@@ -104,7 +104,7 @@ class TeacherSynthesizer:
     cache = None
     def __init__(self,
         teacher_path:str|PreTrainedModel, # Folder, hub id, or a model already loaded (then give `tokenizer=`)
-        device:str|torch.device=None, # Where it runs; default: the GPU if there is one, else the CPU
+        device:str|torch.device=None, # Where it runs; default: the GPU if there is one (of several, the one of this process under `torchrun`), else the CPU
         dtype:torch.dtype=None, # Weights' type; default: as they are stored
         revision:str=None, # Branch, tag or commit on the hub
         gguf_file:str=None, # Name of a GGUF file in the folder, which is dequantised
@@ -114,7 +114,7 @@ class TeacherSynthesizer:
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
         kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
             _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
