@@ -466,7 +466,7 @@ class Job(NamedTuple):
 def this_job()->Job: # Alone, unless `torchrun` says otherwise
     "The job that this process belongs to"
     o = os.environ
-    if int(o.get('WORLD_SIZE', 1))<2: return Job()
+    if 'RANK' not in o or int(o.get('WORLD_SIZE', 1))<2: return Job()
     return Job(int(o['RANK']), int(o['WORLD_SIZE']), 'of job '+' '.join(o.get(k, '-') for k in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT')))
 
 # %% ../nbs/00c_cache.ipynb #10acb8af
@@ -488,7 +488,7 @@ def _take(path, job):
         try:
             lock.acquire()
             p.write_text(me)
-            held = [o.read_text() for o in path.glob('.lock*') if o!=p and _held(o)]
+            held = [o.read_text() or 'another process' for o in path.glob('.lock*') if o!=p and _held(o)]
             who = [o for o in held if not (job.name and o.endswith(job.name))]
             if not who: return lock
             lock.release()
