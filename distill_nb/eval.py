@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 
 # %% auto #0
 __all__ = ['BINS', 'SETS', 'HEAD', 'MORE', 'CSS', 'Means', 'Scores', 'eval_mode', 'compare_tokens', 'score_batch', 'evaluate',
-           'check_paired', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'contamination', 'recovered',
-           'better', 'Report', 'benchmark_rows', 'benchmark_table', 'level']
+           'check_paired', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'recovered', 'better', 'Report',
+           'benchmark_rows', 'benchmark_table', 'level']
 
 # %% ../nbs/04_eval.ipynb #21087ce8
 import base64, contextlib, io, math, re
@@ -254,21 +254,7 @@ def _asked(teacher, exs):
     return dict(input_ids=x, attention_mask=mask, labels=labels, teacher_hidden=h[labels!=-100])
 
 # %% ../nbs/04_eval.ipynb #07d25a7b
-def _grams(words, n): return {tuple(words[i:i+n]) for i in range(len(words)-n+1)}
-
-def contamination(train:list[str], # Prompts that were trained on
-    evaluation:list[str], # Prompts of an evaluation set
-    n:int=8, # Words in a row that may not be shared
-)->dict: # `n`, `prompts` (how many), `shared` (numbers of those that share), `share` (0 to 1)
-    "Evaluation prompts that have `n` words in a row in common with a training prompt"
-    words = lambda o: re.findall(r'\w+', o.lower())
-    seen,texts = {},[words(o) for o in train]
-    def _hit(w):
-        k = min(n, len(w))
-        if k not in seen: seen[k] = set().union(*[_grams(o, k) for o in texts])
-        return bool(_grams(w, k) & seen[k])
-    shared = [i for i,o in enumerate(evaluation) if _hit(words(o))]
-    return dict(n=n, prompts=len(evaluation), shared=shared, share=len(shared)/len(evaluation))
+from .sources import contamination # chkstyle: ignore
 
 # %% ../nbs/04_eval.ipynb #8964771d
 def recovered(student:Scores, # After distillation

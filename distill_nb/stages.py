@@ -55,7 +55,8 @@ def score_cache(
     **kwargs # To `build_cache`: codec, dtype, layers, shard_size
 )->TeacherCache: # As if the teacher had written the responses itself
     "What a teacher thinks of given responses, in a cache"
-    rows = [r | dict(response=sha256_json([int(i) for i in e['input_ids']])) for r,e in zip(rows, examples)]
+    rows = [{k: v for k,v in r.items() if k not in ('response', 'ended')} | dict(answer=sha256_json([int(i) for i in e['input_ids']]))
+        for r,e in zip(rows, examples)]
     return build_cache(Reader(teacher, rows, examples), rows, path, progress=False, **kwargs)
 
 # %% ../nbs/03a_stages.ipynb #de67d859

@@ -104,7 +104,7 @@ class TeacherSynthesizer:
     cache = None
     def __init__(self,
         teacher_path:str|PreTrainedModel, # Folder, hub id, or a model already loaded (then give `tokenizer=`)
-        device:str|torch.device=None, # Where it runs; default: the GPU if there is one, else the CPU
+        device:str|torch.device=None, # Where it runs; default: the GPU if there is one (of several, the one of this process under `torchrun`), else the CPU
         dtype:torch.dtype=None, # Weights' type; default: as they are stored
         revision:str=None, # Branch, tag or commit on the hub
         gguf_file:str=None, # Name of a GGUF file in the folder, which is dequantised
@@ -114,7 +114,7 @@ class TeacherSynthesizer:
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
         kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
             _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
@@ -190,6 +190,14 @@ def pad(seqs:list, # Lists of token ids
     fill = lambda s, v: [v]*(L-len(s))+list(s) if left else list(s)+[v]*(L-len(s))
     return torch.tensor([fill(s, value) for s in seqs]), torch.tensor([fill([1]*len(s), 0) for s in seqs])
 
+# %% ../nbs/00_synthesis.ipynb #57afcdab
+@patch(as_prop=True)
+def ends(self:TeacherSynthesizer)->list[int]: # Empty for a model that never ends
+    "Ids that end a turn"
+    own = self.model.generation_config.eos_token_id
+    ids = self.tokenizer.eos_token_id if own is None else own
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
 # %% ../nbs/00_synthesis.ipynb #c8873393
 def trim(ids:list, # Generated token ids
     eos:set, # Ids that end a turn
@@ -233,16 +241,15 @@ class Draw(LogitsProcessor):
 @torch.no_grad()
 def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
     "Responses to one batch of encoded prompts, and the `(R,d)` input of the head at each of their tokens"
-    tok,gc = self.tokenizer,self.model.generation_config
-    eos = gc.eos_token_id if gc.eos_token_id is not None else tok.eos_token_id
-    x,mask = (o.to(self.model.device) for o in pad(ids, value=tok.pad_token_id or 0, left=True))
+    fill = self.tokenizer.pad_token_id or 0
+    x,mask = (o.to(self.model.device) for o in pad(ids, value=fill, left=True))
     nucleus = [TopPLogitsWarper(top_p)] if top_p<1 else []
     pick = [TemperatureLogitsWarper(float(temperature)), *nucleus, Draw()] if temperature>0 else []
     with head_input(self.model) as hs:
-        out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos,
-            pad_token_id=tok.pad_token_id or 0, do_sample=False, logits_processor=LogitsProcessorList(pick))
+        out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=self.ends or None,
+            pad_token_id=fill, do_sample=False, logits_processor=LogitsProcessorList(pick))
     h = torch.cat([o[:,-1:].cpu() for o in hs], 1) # (B,steps,d)
-    rs = [trim(o, {eos} if isinstance(eos, int) else set(eos)) for o in out[:,x.shape[1]:].tolist()]
+    rs = [trim(o, set(self.ends)) for o in out[:,x.shape[1]:].tolist()]
     return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
 
 # %% ../nbs/00_synthesis.ipynb #2d4ed2ac
@@ -273,6 +280,29 @@ def generate(self:TeacherSynthesizer,
         with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p)
         for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
     return res
+
+# %% ../nbs/00_synthesis.ipynb #8510ff3a
+@patch(as_prop=True)
+def end_id(self:TeacherSynthesizer)->int|None: # One of `ends`; None for a model that never ends
+    "The id that belongs after a finished response"
+    own,tok = self.ends,self.tokenizer
+    if tok.chat_template is None: return tok.eos_token_id if tok.eos_token_id in own else next(iter(own), None)
+    both = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello')]
+    ids = tok.apply_chat_template(both, tokenize=True, return_dict=True).input_ids
+    return next((i for i in reversed(ids) if i in own), next(iter(own), None))
+
+# %% ../nbs/00_synthesis.ipynb #c39f10cc
+@patch
+def read(self:TeacherSynthesizer,
+    prompts:list, # Strings or lists of messages
+    responses:list[str], # The text of each response
+    ended:list[bool]=None, # Is each whole? Then an end token follows; default: all are
+)->list[dict]: # An example `dict(input_ids=, prompt_len=)` for each prompt
+    "Given responses as examples"
+    end,rs = self.end_id,self.tokenizer(list(responses), add_special_tokens=False).input_ids
+    whole = [True]*len(rs) if ended is None else ended
+    rs = [r+[end] if w and end is not None and r[-1:]!=[end] else r for r,w in zip(rs, whole)]
+    return [dict(input_ids=p+r, prompt_len=len(p)) for p,r in zip(self.encode(prompts), rs, strict=True)]
 
 # %% ../nbs/00_synthesis.ipynb #1fc067a8
 class Head(NamedTuple):

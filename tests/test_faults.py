@@ -10,7 +10,7 @@
 | 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00c, Interrupted |
 | 7. disk full | `test_disk_full`, `test_a_disk_that_is_really_full`; the estimate: chapter 00c |
 | 8. read-only folder | `test_read_only_folder` |
-| 9. two writers | `test_second_writer_and_dead_writer` |
+| 9. two writers | `test_second_writer_and_dead_writer`; several processes of one job: `test_two_processes_make_the_same_cache` and the two after it |
 | 10. wrong tokenizer | `test_wrong_tokenizer` |
 | 11. wrong teacher | `test_wrong_teacher_lists_the_keys` |
 | 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00c |
@@ -27,7 +27,7 @@
 | 32. no network | `test_no_network`; chapter 00 |
 | 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
 """
-import errno, os, pickle, random, shutil, signal, socket, subprocess, tempfile, time
+import errno, os, pickle, random, shutil, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest, torch
@@ -78,7 +78,7 @@ def unasked(teacher, monkeypatch):
     def asked(*a, **k): raise AssertionError('the teacher was asked')
     monkeypatch.setattr(teacher, '_write', asked, raising=False)
 
-def tree(d): return {str(p.relative_to(d)): sha256_file(p) for p in sorted(d.rglob('*')) if p.is_file() and p.name!='.lock'}
+def tree(d): return {str(p.relative_to(d)): sha256_file(p) for p in sorted(d.rglob('*')) if p.is_file() and not p.name.startswith('.lock')}
 
 def flip(p, byte, bit=0):
     b = bytearray(p.read_bytes())
@@ -292,6 +292,80 @@ def test_second_writer_and_dead_writer(teacher, whole, tmp_path, monkeypatch):
     build_cache(teacher, ROWS, d, **KW)
     assert tree(d)==tree(whole)
 
+def two(root):
+    "Script for torchrun: one cache, by two processes"
+    made,build = [],dc._build_shard
+    def note(*a):
+        made.append(a[3])
+        return build(*a)
+    dc._build_shard = note
+    for name,how in JOBS.items(): assert len(build_cache(tiny_teacher(), ROWS, root/name, **KW, **how))==len(ROWS)*how.get('n_responses', 1)
+    (root/f'made by {os.environ["RANK"]}').write_text(str(made))
+
+JOBS = dict(plain={}, transform=dict(codec='transform', nats=1e-2), pairs=dict(n_responses=2))
+
+def test_two_processes_make_the_same_cache(teacher, tmp_path):
+    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29619', __file__, str(tmp_path)]
+    res = subprocess.run(run, env=os.environ|dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr[-3000:]
+    assert (tmp_path/'made by 0').read_text()==str([0, 2, 4]*2+[0, 2, 4, 6, 8, 10])
+    assert (tmp_path/'made by 1').read_text()==str([1, 3, 5]*2+[1, 3, 5, 7, 9, 11])
+    for name,how in JOBS.items():
+        build_cache(teacher, ROWS, tmp_path/'alone'/name, **KW, **how)
+        assert tree(tmp_path/name)==tree(tmp_path/'alone'/name)
+
+def member(rank, f, name='a'):
+    "Run `f` in a child process that is one of two of a job"
+    def run():
+        os.environ.update(RANK=str(rank), WORLD_SIZE='2', TORCHELASTIC_RUN_ID=name, MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+        f()
+    return forked(run)
+
+def test_a_job_and_strangers(teacher, whole, tmp_path):
+    d = tmp_path/'c'
+    r,w = os.pipe()
+    def hold():
+        with dc.claim(d):
+            os.write(w, b'.')
+            time.sleep(60)
+    def refused():
+        with pytest.raises(CacheError, match=f'process {first} on {socket.gethostname()} of job a 127.0.0.1 29500 is writing this cache'):
+            with dc.claim(d): pass
+    def welcome():
+        with dc.claim(d): pass
+    first = member(1, hold)
+    os.read(r, 1)
+    try:
+        refused()
+        assert status(member(0, refused, 'b'))==0 and status(member(1, refused))==0 and status(member(0, welcome))==0
+    finally:
+        os.kill(first, signal.SIGKILL)
+        status(first)
+    build_cache(teacher, ROWS, d, **KW)
+    assert tree(d)==tree(whole)
+
+@pytest.mark.parametrize('dead', [0, 1])
+def test_half_of_a_job_dies_and_one_process_goes_on(teacher, whole, tmp_path, dead):
+    d = tmp_path/'c'
+    def build():
+        dc.PATIENCE = 1
+        build_cache(teacher, ROWS, d, **KW)
+    def doomed():
+        Reaper(12, os.open(os.devnull, os.O_WRONLY)).arm()
+        build()
+    def left():
+        with pytest.raises(CacheError, match=f'process {dead} of the job does not do its part'): build()
+    pids = [member(k, doomed if k==dead else left) for k in (0, 1)]
+    codes = [status(p) for p in pids]
+    assert codes[dead]==-signal.SIGKILL and codes[1-dead]==0
+    with pytest.raises(CacheError, match='missing'): TeacherCache(d)
+    build_cache(teacher, ROWS, d, **KW)
+    assert tree(d)==tree(whole)
+
+def test_repair_is_for_one_process(teacher, cut, monkeypatch):
+    for k,v in dict(RANK='0', WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='repair with one process'): repair_cache(teacher, cut)
+
 other_template = tiny_tokenizer()
 other_template.chat_template = '{{ messages[0].content }}!'
 
@@ -426,3 +500,5 @@ def test_code_in_a_cache_never_runs(cut, tmp_path):
     try: TeacherCache(cut)
     except CacheError: pass
     assert not (tmp_path/'marker').exists()
+
+if __name__=='__main__': two(Path(sys.argv[1]))

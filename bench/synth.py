@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""What building a cache costs, beside the straightforward recipe and beside asking the teacher and keeping nothing.
+
+usage: synth.py [--quick] [--prompts 64] [--tokens 64]
+
+The default teacher answers training prompts at temperature 0.8, four ways: the recipe (batches of 16 in prompt order, transformers' own sampling, then one
+forward pass per batch with full logits and all hidden states, torch.save), `generate` in the batches of `build_cache` with nothing captured, `build_cache`,
+and `build_cache` with an extra layer, which needs a second pass. Then it reads those responses, once through `build_cache` and once in bare forward passes
+of the same batches. Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short.
+Rates are of one thread, in CPU time (so a busy machine disturbs them less). What the recipe saves is removed batch by batch.
+"""
+import argparse, sys, tempfile, time
+from pathlib import Path
+
+import torch
+from cache import machine, report
+from fastcore.basics import chunked
+
+from distill_nb.cache import build_cache, read_rows
+from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, pad, trim
+
+SHARD = 64
+
+def clock(f):
+    "What `f` gives, and CPU seconds"
+    start = time.process_time()
+    res = f()
+    return res,time.process_time()-start
+
+@torch.no_grad()
+def recipe(teacher, prompts, n, folder):
+    "The straightforward way; returns the number of response tokens"
+    tokens,ends,fill = 0,set(teacher.ends),teacher.tokenizer.pad_token_id
+    for i,qs in enumerate(chunked(prompts, 16)):
+        x,mask = pad(teacher.encode(qs), fill, left=True)
+        y = teacher.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=n, do_sample=True, temperature=.8, top_k=0, pad_token_id=fill)
+        rs = [trim(o, ends) for o in y[:,x.shape[1]:].tolist()]
+        mask = torch.cat([mask, pad([[1]*len(r) for r in rs])[0]], 1)
+        out = teacher.model(input_ids=y, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        torch.save(dict(ids=y, mask=mask, logits=out.logits, hidden=out.hidden_states), folder/f'{i}.pt')
+        (folder/f'{i}.pt').unlink()
+        tokens += sum(map(len, rs))
+    return tokens
+
+def bare(teacher, prompts, n):
+    "The responses that `build_cache` asks for, in its batches, and nothing else"
+    return [e for i,qs in enumerate(chunked(prompts, SHARD)) for e in teacher.generate(qs, n, seed=(0, i), progress=False)]
+
+@torch.no_grad()
+def forward(teacher, exs, head):
+    "Forward passes in the batches of `build_cache`, with the output head or without"
+    for part in chunked(exs, SHARD):
+        for o in chunked(sorted(part, key=lambda e: len(e['input_ids'])), 16):
+            x,mask = pad([e['input_ids'] for e in o])
+            if head: teacher.model(input_ids=x, attention_mask=mask, use_cache=False)
+            else: teacher.score(x, mask)
+
+def measure(teacher, prompts, n, root):
+    "Response tokens and CPU seconds of each way"
+    build = lambda name, rows=prompts, **k: build_cache(teacher, rows, root/name, shard_size=SHARD, max_new_tokens=n, progress=False, **k)
+    count = lambda exs: sum(len(e['input_ids'])-e['prompt_len'] for e in exs)
+    torch.manual_seed(0)
+    clock(lambda: bare(teacher, prompts[:4], 4))
+    res = {'the recipe': clock(lambda: recipe(teacher, prompts, n, root))}
+    exs,sec = clock(lambda: bare(teacher, prompts, n))
+    res['generate, nothing captured'] = count(exs),sec
+    cache,sec = clock(lambda: build('rides'))
+    res['build_cache'] = cache.stats()['response_tokens'],sec
+    assert all(cache[i]['input_ids'].tolist()==e['input_ids'] for i,e in enumerate(exs))
+    cache,sec = clock(lambda: build('twice', layers=(15,)))
+    res['build_cache, one layer more'] = cache.stats()['response_tokens'],sec
+    say = lambda e: teacher.tokenizer.decode(e['input_ids'][e['prompt_len']:], skip_special_tokens=True)
+    rows = [dict(prompt=q, response=say(e), ended=e['input_ids'][-1] in teacher.ends) for q,e in zip(prompts, exs)]
+    rows = [r for r in rows if r['response'].strip()]
+    read = read_rows(teacher, rows)
+    for name,head in (('forward passes', True), ('forward passes without the head', False)): res[name] = count(read),clock(lambda: forward(teacher, read, head))[1]
+    cache,sec = clock(lambda: build('read', rows))
+    return res | {'build_cache, given responses': (cache.stats()['response_tokens'], sec)}
+
+def bars(res):
+    "Name, value, limit, and whether it holds"
+    rate = {k: n/s for k,(n,s) in res.items()}
+    yield 'build_cache over the recipe', rate['build_cache']/rate['the recipe'], 2.5, '>='
+    yield 'build_cache over bare generate', rate['build_cache']/rate['generate, nothing captured'], .85, '>='
+    yield 'second pass over bare generate', rate['build_cache, one layer more']/rate['generate, nothing captured'], .65, '>='
+    yield 'given responses over bare forward', res['build_cache, given responses'][1]/res['forward passes'][1], 1.05
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for k,v in dict(prompts=64, tokens=64).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('--quick', action='store_true', help='32 prompts and 24 tokens')
+    a = p.parse_args()
+    if a.quick: a.prompts,a.tokens = 32,24
+    torch.set_num_threads(1)
+    teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
+    print(f'## Synthesis\n\n{a.prompts} prompts, at most {a.tokens} tokens each, fp32. Machine: {machine()}.\n', flush=True)
+    with tempfile.TemporaryDirectory() as d: res = measure(teacher, load_prompts('train', a.prompts)['prompt'], a.tokens, Path(d))
+    print('| way | response tokens | CPU s | tokens/s |\n|---|---|---|---|')
+    for k,(n,s) in res.items(): print(f'| {k} | {n:,} | {s:.1f} | {n/s:.0f} |')
+    print()
+    return 0 if report(bars(res)) else 1
+
+if __name__=='__main__': sys.exit(main())
