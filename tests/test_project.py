@@ -23,7 +23,7 @@ def hashes(root, *patterns): return {str(p.relative_to(root)): hashlib.sha256(p.
 def copy(tmp_path_factory):
     "The tracked tree, somewhere else, so that a test never changes it"
     d = tmp_path_factory.mktemp('tree')/'distill_nb'
-    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', '*.egg-info', '__pycache__'))
+    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', 'ablation', '*.egg-info', '__pycache__'))
     return d
 
 def tool(d, *args): return subprocess.run([str(Path(sys.executable).with_name(args[0])), *args[1:]], cwd=d, check=True, capture_output=True, text=True)
