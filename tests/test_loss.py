@@ -1,11 +1,20 @@
-"Properties of the losses on shapes and numbers that nobody chose"
-import torch, torch.nn.functional as F
+"Properties of the losses on shapes and numbers that nobody chose, and the gradients of two processes"
+import os, subprocess, sys, warnings
 from functools import partial
-from hypothesis import given, settings, strategies as st
 from types import SimpleNamespace
 
+import pytest, torch, torch.distributed as dist, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.autograd import gradcheck
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from distill_nb.divergences import Sampled, bucket_kl, jsd, sampled_ce, skew_kl, top_k, tvd
-from distill_nb.loss import forward_kl, linear_divergence, reverse_kl
+from distill_nb.loss import OutputHead, forward_kl, linear_divergence, output_head, reverse_kl
 from distill_nb.relations import relation_loss
 
 fast = settings(max_examples=30, deadline=None)
@@ -99,3 +108,155 @@ def test_relations_are_blind_to_rotations_and_see_no_padding(B, L, R, s, t, seed
     assert torch.allclose(relation_loss((a.view(B, L, R, s)@turn).flatten(2), b, R, mask), got, atol=1e-9)
     assert torch.allclose(relation_loss(a.where(mask[...,None], 7.), b, R, mask), got, atol=1e-9)
     assert torch.allclose(relation_loss(b, b, R, mask), torch.zeros(B, L, dtype=torch.float64), atol=1e-12)
+
+# Finite differences, for every divergence and kind of target
+
+DIVERGENCES = dict(forward=forward_kl, reverse=reverse_kl, tvd=tvd, skew=skew_kl, skew_back=partial(skew_kl, reverse=True))
+DIVERGENCES |= {f'jsd {b}': partial(jsd, beta=b) for b in (0, .1, .5, 1)}
+
+def pieces(seed=0, n=4, v=9):
+    "What a call needs: states, weight and bias that train, and every kind of target"
+    g = torch.Generator().manual_seed(seed)
+    h,W,hT,WT = heads_and_states(n, v, g)
+    b,zt,T = torch.randn(v+2, generator=g, dtype=torch.float64).requires_grad_(),hT@WT.T,.5 + torch.rand(n, generator=g, dtype=torch.float64)
+    lots = Sampled(torch.randint(v, (n, 3), generator=g), torch.rand(n, 3, generator=g, dtype=torch.float64)/3, v)
+    dense,sparse = dict(head=(hT,bare(WT)), bent=(hT,OutputHead(WT, None, 2., 5.)), logits=zt),dict(top_k=top_k(zt, 3, T), sampled=lots)
+    return (h,W,b),dense,sparse,T,torch.randint(v, (n,), generator=g)
+
+@pytest.mark.parametrize('kind', ('head', 'bent', 'logits'))
+@pytest.mark.parametrize('name', DIVERGENCES)
+def test_finite_differences(name, kind):
+    args,dense,_,T,y = pieces()
+    def f(h, W, b): return linear_divergence(h, OutputHead(W, b, .7, 4.), dense[kind], T, y, kl=.7, ce=.3, chunk=3, divergence=DIVERGENCES[name]).loss
+    assert gradcheck(f, args)
+
+@pytest.mark.parametrize('kind', ('top_k', 'sampled'))
+def test_finite_differences_of_sparse_targets(kind):
+    args,_,sparse,T,y = pieces()
+    def f(h, W, b): return linear_divergence(h, OutputHead(W, b, .7, 4.), sparse[kind], T if kind=='top_k' else 1., y, kl=.7, ce=.3, chunk=3).loss
+    assert gradcheck(f, args)
+
+# Heads
+
+@fast
+@given(shapes, st.integers(1, 12), dials, st.integers(-1, 3))
+def test_a_frozen_head_and_one_of_more_or_fewer_ids(s, chunk, f, more):
+    n,v,seed,T = s
+    g = torch.Generator().manual_seed(seed)
+    h,W,hT,_ = heads_and_states(n, v, g)
+    WT = torch.randn(max(1, v+more), 5, generator=g, dtype=torch.float64)
+    m = min(len(W), len(WT))
+    want = T**2*f((h@W.T)[:,:m], (hT@WT.T)[:,:m], T).sum()
+    same(linear_divergence(h, bare(W), (hT,bare(WT)), T, chunk=chunk, divergence=f).loss, want, (h, W))
+    frozen = linear_divergence(h, bare(W.detach()), (hT,bare(WT)), T, chunk=chunk, divergence=f).loss
+    same(frozen, T**2*f((h@W.detach().T)[:,:m], (hT@WT.T)[:,:m], T).sum(), (h,))
+
+@fast
+@given(shapes, st.integers(1, 12), dials)
+def test_a_tied_head_and_a_slice_of_one(s, chunk, f):
+    n,v,seed,T = s
+    g = torch.Generator().manual_seed(seed)
+    _,_,hT,WT = heads_and_states(n, v, g)
+    E,ids = torch.randn(v+2, 3, generator=g, dtype=torch.float64).requires_grad_(),torch.randint(v, (n,), generator=g)
+    for part in (E,E[:v]):
+        want = T**2*f((E[ids]@E.T)[:,:v], hT@WT.T, T).sum()
+        same(linear_divergence(E[ids], bare(part), (hT,bare(WT)), T, chunk=chunk, divergence=f).loss, want, (E,))
+
+def lora(start=0., **kw):
+    "A tiny model with an adapter of rank 4 at its head"
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        m = get_peft_model(m, LoraConfig(r=4, task_type='CAUSAL_LM', **kw))
+    for k,p in m.named_parameters():
+        if 'lora_B' in k: nn.init.normal_(p, std=start)
+    return m
+
+def through_model(m, ids, zt):
+    "States before the head, and the loss by way of the model's own logits"
+    seen = []
+    handle = m.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    z = m(input_ids=ids).logits[0]
+    handle.remove()
+    return seen[0][0],4*forward_kl(z, zt, 2.).sum()
+
+def trained(m): return [p for p in m.parameters() if p.requires_grad]
+
+@pytest.mark.parametrize('kw', (dict(target_modules=['q_proj']), dict(target_modules=['q_proj'], modules_to_save=['lm_head'])))
+def test_adapters_below_the_head(kw):
+    "The head is left alone, or trained whole beside them"
+    m,ids,(_,zt) = lora(.3, **kw),torch.arange(7)[None],pair(7, 40, 0)
+    (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
+    same(linear_divergence(h, output_head(m), zt, 2., chunk=3).loss, want, trained(m))
+
+def test_an_adapter_at_the_head_is_added_to_its_weight():
+    "W + s B A is a head as any other, and its gradient goes on to A and B"
+    m,ids,(_,zt) = lora(.3, target_modules=['lm_head']),torch.arange(7)[None],pair(7, 40, 0)
+    o = m.get_output_embeddings()
+    (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
+    W = o.base_layer.weight + o.scaling['default']*o.lora_B['default'].weight@o.lora_A['default'].weight
+    assert len(trained(m))==2
+    same(linear_divergence(h, OutputHead(W), zt, 2., chunk=3).loss, want, trained(m))
+
+def test_a_head_with_an_adapter_that_has_learned_is_refused():
+    with pytest.raises(ValueError, match='does not reproduce'): output_head(lora(.3, target_modules=['lm_head']))
+
+@pytest.mark.xfail(reason="an adapter starts at zero, where it changes no logits: output_head takes the weight below it, and it would never learn")
+def test_a_head_with_an_adapter_that_has_not():
+    "Refused, or right"
+    m,ids,(_,zt) = lora(0., target_modules=['lm_head']),torch.arange(7)[None],pair(7, 40, 0)
+    try: head = output_head(m)
+    except ValueError: return
+    (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
+    same(linear_divergence(h, head, zt, 2., chunk=3).loss, want, trained(m))
+
+# Two processes
+
+class Student(nn.Module):
+    "A student small enough to see through, whose forward is the loss"
+    def __init__(self, tied):
+        super().__init__()
+        self.emb,self.body,self.head = nn.Embedding(30, 8),nn.Linear(8, 8),nn.Linear(8, 30, bias=not tied)
+        if tied: self.head.weight = self.emb.weight
+
+    def forward(self, ids, target, T, **kw): return linear_divergence(self.body(self.emb(ids)), self.head, target, T, ids, kl=.7, ce=.3, chunk=3, **kw).loss
+
+def grads_of(how, tied, f, rank, world):
+    "Gradients of the mean over nine tokens, of which each process has its part: 7 and 2, or 9 and none"
+    torch.manual_seed(0)
+    m = Student(tied).double()
+    ids,hT,WT = torch.randint(30, (9,)),torch.randn(9, 5, dtype=torch.float64),torch.randn(30, 5, dtype=torch.float64)
+    if how=='ddp': m = DistributedDataParallel(m)
+    if how=='fsdp': fully_shard(m, mesh=dist.init_device_mesh('cpu', (world,)))
+    res = []
+    for cut in (7,9):
+        r = slice(9) if world==1 else (slice(cut), slice(cut, 9))[rank]
+        m.zero_grad()
+        (m(ids[r], (hT[r],bare(WT)), 2., divergence=f)*world/9).backward()
+        res += [getattr(p.grad, 'full_tensor', lambda g=p.grad: g)() for p in m.parameters()]
+    return [o.detach().clone() for o in res]
+
+def cases(): return [(how, tied, f) for how in ('ddp', 'fsdp') for tied in (False, True) for f in ('forward_kl', jsd)]
+
+def child(out):
+    "One of the processes that torchrun starts"
+    dist.init_process_group('gloo')
+    res = {f'{i}.{j}': g for i,o in enumerate(cases()) for j,g in enumerate(grads_of(*o, dist.get_rank(), 2))}
+    if dist.get_rank()==0: save_file(res, out)
+    dist.destroy_process_group()
+
+@pytest.fixture(scope='module')
+def together(tmp_path_factory):
+    out = tmp_path_factory.mktemp('two')/'grads.safetensors'
+    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, str(out)]
+    subprocess.run(run, check=True, env=os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    return load_file(out)
+
+@pytest.mark.parametrize('i', range(len(cases())), ids=['-'.join((how, 'tied' if tied else 'untied', getattr(f, '__name__', f))) for how,tied,f in cases()])
+def test_two_processes_have_the_gradients_of_one(i, together):
+    alone = grads_of('alone', *cases()[i][1:], 0, 1)
+    assert f'{i}.{len(alone)}' not in together and all(o.abs().max()>0 for o in alone)
+    for j,o in enumerate(alone): assert o.shape==(t := together[f'{i}.{j}']).shape and torch.allclose(o, t, atol=1e-12)
+
+if __name__=='__main__': child(sys.argv[1])
