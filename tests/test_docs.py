@@ -1,5 +1,5 @@
 "The site builds without network, nothing on it points nowhere, and a browser shows all of it"
-import functools, http.server, itertools, json, os, select, shutil, subprocess, sys, threading, time
+import functools, http.server, itertools, json, os, select, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
