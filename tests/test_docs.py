@@ -1,5 +1,5 @@
-"The site builds without network, and nothing on it points nowhere"
-import functools, shutil, subprocess, sys
+"The site builds without network, nothing on it points nowhere, and a browser shows all of it"
+import functools, http.server, itertools, json, os, select, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -29,7 +29,7 @@ def links(p):
 def site(tmp_path_factory):
     "The site, built in a copy of the tree"
     d = tmp_path_factory.mktemp('site')/'distill_nb'
-    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', '*.egg-info', '__pycache__'))
+    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', '*.egg-info', '__pycache__'))
     subprocess.run([sys.executable, 'tools/docs.py'], cwd=d, check=True, capture_output=True)
     return d/'_docs'
 
@@ -52,3 +52,125 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for p in site.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
         assert '<script src="http' not in text and 'fonts.googleapis' not in text, p.name
+
+CHROME = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
+FLAGS = '--headless --no-sandbox --disable-gpu --no-first-run --disable-extensions --disable-background-networking --disable-component-update --mute-audio'
+
+class Browser:
+    "One headless Chromium, spoken to over its DevTools pipe: requests and answers are JSON that ends in a zero byte"
+    def __init__(self, profile):
+        (inr,self.w),(self.r,outw) = os.pipe(),os.pipe()
+        high = [os.dup2(f, n) for f,n in ((inr, 103), (outw, 104))]
+        self.p = subprocess.Popen(['bash', '-c', f'exec {CHROME} {FLAGS} --user-data-dir="$0" --remote-debugging-pipe 3<&103 4>&104 103<&- 104>&-', str(profile)],
+            pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for f in (inr, outw, *high): os.close(f)
+        self.ids,self.buf,self.events,self.session = itertools.count(1),b'',[],None
+        target = self('Target.createTarget', url='about:blank')['targetId']
+        self.session = self('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+        for o in ('Page', 'Runtime', 'Log', 'Network'): self(f'{o}.enable')
+
+    def read(self, timeout=60):
+        "The next message"
+        while b'\0' not in self.buf:
+            if not select.select([self.r], [], [], timeout)[0]: raise TimeoutError('the browser does not answer')
+            if not (got := os.read(self.r, 1<<20)): raise ConnectionError('the browser is gone')
+            self.buf += got
+        head,_,self.buf = self.buf.partition(b'\0')
+        return json.loads(head)
+
+    def __call__(self, method, **params):
+        "What the browser answers to `method`; events that come meanwhile are kept"
+        n = next(self.ids)
+        os.write(self.w, json.dumps(dict(id=n, method=method, params=params) | (dict(sessionId=self.session) if self.session else {})).encode()+b'\0')
+        while (m := self.read()).get('id')!=n: self.events.append(m)
+        assert 'error' not in m, (method, m['error'])
+        return m['result']
+
+    def js(self, code):
+        "The value of `code`, awaited"
+        r = self('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)
+        assert 'exceptionDetails' not in r, r['exceptionDetails']
+        return r['result'].get('value')
+
+    def open(self, url):
+        "Go to `url`; the events until it is loaded"
+        self.events = []
+        self('Page.navigate', url=url)
+        while not any(e.get('method')=='Page.loadEventFired' for e in self.events): self.events.append(self.read())
+        return self.events
+
+    def size(self, width, height): self('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def close(self):
+        self.p.terminate()
+        self.p.wait()
+        os.close(self.r)
+        os.close(self.w)
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    if not CHROME: pytest.skip('no Chromium on this machine')
+    b = Browser(tmp_path_factory.mktemp('profile'))
+    yield b
+    b.close()
+
+@pytest.fixture(scope='module')
+def served(site):
+    "The address of the site, served on this machine"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{s.server_port}'
+    s.shutdown()
+    s.server_close()
+
+def complaints(events, root):
+    "Errors of a page, and requests that leave this machine"
+    for e in events:
+        m,p = e.get('method'),e.get('params', {})
+        if m=='Runtime.exceptionThrown': yield p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text'])
+        if m=='Runtime.consoleAPICalled' and p['type'] in ('error', 'assert'): yield str([a.get('value', a.get('description')) for a in p['args']])
+        if m=='Log.entryAdded' and p['entry']['level']=='error': yield f"{p['entry']['text']} {p['entry'].get('url', '')}"
+        if m=='Network.requestWillBeSent' and not p['request']['url'].startswith((root, 'data:', 'blob:')): yield f"asks {p['request']['url']}"
+
+LOOK = """(async () => {
+  const imgs = [...document.images].filter(o => o.checkVisibility());
+  await Promise.all(imgs.map(o => { o.loading = 'eager'; return o.decode().catch(() => 0) }));
+  const w = innerWidth, out = [];
+  for (const o of imgs) if (!o.naturalWidth) out.push('no picture ' + o.src);
+  if (document.documentElement.scrollWidth > w) {
+    out.push('is ' + document.documentElement.scrollWidth + ' wide on ' + w);
+    const boxed = o => { for (let p = o.parentElement; p; p = p.parentElement) if (getComputedStyle(p).overflowX != 'visible') return true; return false };
+    for (const o of document.querySelectorAll('main *')) if (o.getBoundingClientRect().right > w + 1 && !boxed(o)) out.push(o.tagName + ' ' + o.textContent.trim().slice(0, 60));
+  }
+  return out.slice(0, 8) })()"""
+
+def test_each_page_in_a_browser_at_phone_width(site, served, browser):
+    browser.size(390, 844)
+    bad = {}
+    for p in sorted(site.rglob('*.html')):
+        if p.name=='404.html': continue
+        events = browser.open(f'{served}/{p.relative_to(site)}')
+        found = browser.js(LOOK)
+        if (found := [*found, *complaints(events, served)]): bad[p.name] = found
+    assert not bad, bad
+
+SEARCH = """(async () => {
+  const wait = async f => { for (let i = 0; i < 200 && !f(); i++) await new Promise(r => setTimeout(r, 50)); return f() };
+  const q = document.querySelector('.md-search__input');
+  if (!q) return 'no field';
+  q.focus();
+  q.value = 'WORD';
+  q.dispatchEvent(new InputEvent('input', {bubbles: true}));
+  q.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}));
+  const a = await wait(() => document.querySelector('.md-search-result__link'));
+  return a ? a.href : 'nothing found' })()"""
+
+@pytest.mark.parametrize('how', ['served', 'folder'])
+def test_search_works_without_network(site, served, browser, how):
+    root = served if how=='served' else site.as_uri()
+    browser.size(1280, 900)
+    events = browser.open(f'{root}/index.html')
+    assert browser.js(SEARCH.replace('WORD', 'linear_divergence')).startswith(f'{root}/loss.html')
+    assert not [*complaints(events, root)]

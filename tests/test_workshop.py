@@ -1,5 +1,5 @@
 "The workshop, done by a participant: each check refuses the open exercise and the usual mistakes, says why, and accepts the solution"
-import ast, contextlib, io, json, re, tomllib
+import ast, contextlib, io, json, os, re, shutil, subprocess, sys, tomllib
 from pathlib import Path
 
 import matplotlib, pytest
@@ -105,10 +105,28 @@ def blocks(p, lang):
     "Fenced blocks of a page in one language"
     return re.findall(rf'^```{lang}\n(.*?)^```', p.read_text(encoding='utf-8'), flags=re.M|re.S)
 
-@pytest.mark.parametrize('p', HOWTO, ids=lambda p: p.stem)
-def test_howto_runs_as_printed(p):
+@pytest.mark.parametrize('p', [p for p in HOWTO if p.stem!='two_gpus'], ids=lambda p: p.stem)
+def test_howto_runs_as_printed(p, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for s in blocks(p, 'yaml'): (tmp_path/f'{p.stem}.yaml').write_text(s)
     assert (found := blocks(p, 'python'))
     for s in found: say(s, {'__name__': '__main__'})
+
+def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
+    cache,train = blocks(ROOT/'nbs/howto/two_gpus.md', 'python')
+    line = next(l for l in blocks(ROOT/'nbs/howto/two_gpus.md', 'sh')[0].splitlines() if l.startswith('ACCELERATE'))
+    monkeypatch.chdir(tmp_path)
+    for s in (cache, train): say(s, {'__name__': '__main__'})
+    one = Path('two/run/history.jsonl').read_text().splitlines()
+    shutil.rmtree('two/run')
+    Path('train.py').write_text(train)
+    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', OMP_NUM_THREADS='1')
+    said = subprocess.run(line, shell=True, check=True, capture_output=True, text=True, env=env).stdout
+    assert '2 processes' in said
+    two = Path('two/run/history.jsonl').read_text().splitlines()
+    assert len(one)==len(two)==4
+    for a,b in zip(map(json.loads, one), map(json.loads, two)):
+        assert a['n_tokens']==b['n_tokens'] and abs(a['kl']-b['kl'])<1e-4*a['kl'] and abs(a['grad_norm']-b['grad_norm'])<1e-3*a['grad_norm']
 
 def test_howto_yaml_is_a_configuration(tmp_path):
     (tmp_path/'o.yaml').write_text(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0])

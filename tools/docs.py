@@ -5,6 +5,7 @@ from fastcore.script import call_parse, store_true
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config, nbpath2html
+from nbdev.doclinks import NbdevLookup
 from nbdev.serve import proc_nbs
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def plain(s):
     return re.sub(r'^:::.*$\n?', '', CALLOUT.sub(_callout, s), flags=re.M)
 
 def mathml(s, display='inline'):
-    "LaTeX `s` as MathML, with the thin space after a function's name that latex2mathml leaves out"
-    return re.sub(r'(<mi>(?:log|exp|ln)</mi>)(?=<m[in]|<msu|<mov|<mfr)', r'\1<mspace width="0.17em" />', convert(s, display=display))
+    "LaTeX `s` as MathML, with the thin space after a function's name that latex2mathml leaves out; a display scrolls in its own box"
+    res = re.sub(r'(<mi>(?:log|exp|ln)</mi>)(?=<m[in]|<msu|<mov|<mfr)', r'\1<mspace width="0.17em" />', convert(s, display=display))
+    return f'<span class="display">{res}</span>' if display=='block' else res
 
 def math(s):
     "`s` with its LaTeX as MathML, which browsers show without a script; code is left alone"
@@ -104,12 +106,20 @@ def readme(md, dest):
     s = re.sub(r'\]\((workshop|howto)/', r'](nbs/\1/', s)
     (dest/'README.md').write_text(s.replace('index_files/', 'assets/').rstrip()+'\n')
 
+def symbols(s, name, up, site):
+    "`s` of page `name` with its links to symbols as links within the site: private ones have no place there, the page's own come first"
+    def to(m):
+        if m[1].startswith('_'): return f'`{m[1]}`'
+        return f'[`{m[1]}`]({"" if m[2]==name or f"{{#{m[3]}}}" in s else f"{up}{m[2]}.md"}#{m[3]})'
+    return re.sub(rf'\[`([^`]+)`\]\({re.escape(site)}/(\w+)\.html#([^)]+)\)', to, s)
+
 def pages(root, md):
-    "Copy the pages that are Markdown already: the how-to pages, and the workshop's page for its teacher"
+    "Copy the pages that are Markdown already, their symbols linked: the how-to pages, and the workshop's page for its teacher"
+    lookup = NbdevLookup(incl_libs='distill_nb')
     for f in [*root.glob('nbs/howto/*.md'), root/'nbs/workshop/README.md']:
         p = md/f.relative_to(root/'nbs')
         p.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(f, p)
+        p.write_text(lookup.linkify(f.read_text())+'\n')
 
 @call_parse
 def main(
@@ -124,8 +134,10 @@ def main(
     readme(md, root)
     if readme_only: return
     pages(root, md)
-    for f in md.rglob('*.md'): f.write_text(CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(from_root(f.read_text(), root))))
-    (md/'extra.css').write_text('.md-grid { max-width: 76rem }\n')
-    repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md'])
+    for f in md.rglob('*.md'):
+        s = CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(from_root(f.read_text(), root)))
+        f.write_text(symbols(s, f.stem, '../'*(len(f.relative_to(md).parts)-1), cfg.doc_host+cfg.doc_baseurl))
+    shutil.copytree(root/'tools/site', md, dirs_exist_ok=True)
+    repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md', 'bench/RESULTS.md', 'bench/LOG.md'])
     mkdocs = Path(sys.executable).with_name('mkdocs')
     subprocess.run([str(mkdocs), 'build', '-q', '--strict'], check=True, cwd=root, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
