@@ -328,6 +328,7 @@ def output_head(
 )->OutputHead: # Its parameters themselves, not copies
     "The output head of `model`, with its scale and its soft cap"
     m,c,seen = model.get_output_embeddings(), model.config.get_text_config(), []
+    if hasattr(m, 'base_layer'): raise ValueError("the output head has an adapter, which this loss would not train: leave 'lm_head' out of the adapter's target_modules")
     scale = getattr(c, 'logit_scale', 1.)*getattr(c, 'lm_head_multiplier', 1.)/getattr(c, 'logits_scaling', 1.)
     head = OutputHead(m.weight, m.bias, scale, getattr(c, 'final_logit_softcapping', None))
     hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
