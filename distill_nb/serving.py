@@ -41,7 +41,7 @@ sys.stdin.read()
 os._exit(0)
 """
 
-# %% ../nbs/05a_serving.ipynb #2e384ccf
+# %% ../nbs/05a_serving.ipynb #ef5207f7
 @contextmanager
 def _child(code, **options):
     "Another Python, its first line of output awaited; gone when the block ends. Yields process and line"
@@ -55,6 +55,7 @@ def _child(code, **options):
             yield child,line
         finally: child.kill()
 
+# %% ../nbs/05a_serving.ipynb #cb6985b4
 @contextmanager
 def _server(gguf, **options):
     if not Path(gguf).is_file(): raise ValueError(f'{Path(gguf).name} is no file: export_gguf makes one')
@@ -65,6 +66,7 @@ def _server(gguf, **options):
             raise RuntimeError(EXTRA if 'No module named' in text else f'llama.cpp does not open {Path(gguf).name}: {text[-300:]}') from None
         yield url,child.pid
 
+# %% ../nbs/05a_serving.ipynb #57bd5a33
 @contextmanager
 def serve(gguf:str|Path, # From `export_gguf`, or any other
     threads:int=-1, # CPU threads; default: llama.cpp's choice
@@ -186,12 +188,13 @@ print('ready', flush=True)
 for line in sys.stdin: print(json.dumps(answer(*json.loads(line))), flush=True)
 """
 
-# %% ../nbs/05a_serving.ipynb #e5090c02
+# %% ../nbs/05a_serving.ipynb #1d0d6543
 def _ask(child, prompt, max_tokens):
     child.stdin.write(json.dumps([prompt, max_tokens])+'\n')
     child.stdin.flush()
     return json.loads(child.stdout.readline())
 
+# %% ../nbs/05a_serving.ipynb #24220a73
 @contextmanager
 def engine(path:str|Path, # A GGUF, for llama.cpp, or a Hugging Face folder, for transformers in fp32
     threads:int=1, # CPU threads
@@ -202,6 +205,7 @@ def engine(path:str|Path, # A GGUF, for llama.cpp, or a Hugging Face folder, for
     else:
         with _server(path, threads=threads, n_ctx=2048, states=False) as (url,pid): yield partial(time_answer, url),pid
 
+# %% ../nbs/05a_serving.ipynb #2e129d86
 def peak_memory(pid:int, # Of a process
 )->float|None: # MB; None where the system does not tell (it has no /proc)
     "The most memory that a process has held: its own, and pages of files that it has mapped"
@@ -209,7 +213,7 @@ def peak_memory(pid:int, # Of a process
     except OSError: return None
     return int(re.search(r'VmHWM:\s+(\d+)', status)[1])/1024*1.048576
 
-# %% ../nbs/05a_serving.ipynb #8fae78ad
+# %% ../nbs/05a_serving.ipynb #388f12a4
 def bench_models(models:dict[str, str|Path], # Name to GGUF or folder
     prompts:list[str], # What the users say
     max_tokens:int=64, # Length of every answer
@@ -222,9 +226,10 @@ def bench_models(models:dict[str, str|Path], # Name to GGUF or folder
         took = [{k: ask(p, max_tokens) for k,(ask,_) in opened.items()} for p in prompts]
         memory = {k: peak_memory(pid) for k,(_,pid) in opened.items()}
     med = lambda f,k: statistics.median(f(*o[k]) for o in took)
-    name = lambda p: 'transformers' if Path(p).is_dir() else 'llama.cpp'
-    return {k: dict(engine=name(p), tokens_per_s=med(lambda a,b,n: n/b, k), first_token_s=med(lambda a,b,n: a, k), memory_mb=memory[k]) for k,p in models.items()}
+    one = lambda k: dict(tokens_per_s=med(lambda a,b,n: n/b, k), first_token_s=med(lambda a,b,n: a, k), memory_mb=memory[k])
+    return {k: dict(engine='transformers' if Path(p).is_dir() else 'llama.cpp', **one(k)) for k,p in models.items()}
 
+# %% ../nbs/05a_serving.ipynb #e3025bf0
 def bench_table(res:dict[str, dict], # From `bench_models`
 )->str: # Markdown, for a report or a model card
     "Models, engines, speed and memory as a table"
@@ -245,7 +250,7 @@ def bench_serving(student:str|Path, # GGUF of the student
     s,t = res['student'],res['teacher']
     return dict(res, speedup=s['tokens_per_s']/t['tokens_per_s'], first_token_speedup=t['first_token_s']/s['first_token_s'])
 
-# %% ../nbs/05a_serving.ipynb #dba3634e
+# %% ../nbs/05a_serving.ipynb #4d2d22bb
 def is_right(text:str, # What a model wrote
     answer:str, # A number, or a word or phrase
 )->bool: # The last number is that one, or the phrase occurs as a whole, in any case of letters
@@ -254,6 +259,7 @@ def is_right(text:str, # What a model wrote
     except ValueError: return re.search(rf'(?<!\w){re.escape(answer.lower())}(?!\w)', text.lower()) is not None
     return last_number(text)==want
 
+# %% ../nbs/05a_serving.ipynb #60d571b6
 def ask_endpoint(url:str, # Of an OpenAI-compatible server, such as from `serve`
     items:list[Question], # Prompts with their answers
     max_tokens:int=64, # Longest answer
