@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from .cache import CacheError, TeacherCache, repair_cache
 from .eval import Report, recovered
-from .recipes import SPARSE, Config, Run, caches, check_models, codec, precision, preset, prompt_rows, run, stage_list, tables, total_steps
+from .recipes import Config, Run, caches, check_models, codec, precision, preset, prompt_rows, run, stage_list, tables, total_steps
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 

@@ -666,7 +666,8 @@ def distiller(self:Run,
     if s.kind=='on_policy': return Distiller(student, self.own_text(student, i), loss)
     pairs = self.layer_map(self.cache.manifest['teacher']['n_layers'], student.config.num_hidden_layers) if s.kind=='features' else {}
     with seeded('heads', self.config.training.seed):
-        return Distiller(student, self.cache, loss, {a: (b, ProjectionHead(p.teacher_dim, p.student_dim, use_layernorm=p.use_layernorm)) for a,b in pairs.items()})
+        heads = {a: (b, ProjectionHead(p.teacher_dim, p.student_dim, use_layernorm=p.use_layernorm)) for a,b in pairs.items()}
+    return Distiller(student, self.cache, loss, heads)
 
 # %% ../nbs/06_recipes.ipynb #59400ad2
 @patch
