@@ -232,7 +232,7 @@ EFFECTS = {
     'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
     'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
     'student.prune.intermediate_size': (PRUNE, 64, lambda r: r.load_student(r.start()).config.intermediate_size, 64),
-    'student.prune.num_attention_heads': (PRUNE, 1, lambda r: r.load_student(r.start()).config.num_attention_heads, 1),
+    'student.prune.num_attention_heads': (PRUNE, 1, pruned(lambda a: a[3], 'prune_width'), 1),
     'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.in_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.out_features, 32),
     'student.projection.use_layernorm': (HYBRID, False, lambda r: type(wide(r).norm), torch.nn.Identity), 'student.projection.n_layers': (HYBRID, 5, lambda r: len(r.layer_map(30, 20)), 5),
     'student.freeze_below': ({}, 1, tr(lambda t: any('layers.0.' in n for n in t.names)), False),
@@ -249,7 +249,8 @@ EFFECTS = {
     'training.stages.loss.alpha': (staged(1, loss=dict(alpha=.2)), None, lambda r: r.stage(1).alpha, .2), 'training.stages.loss.divergence': (staged(loss=dict(divergence='tvd')), None, stage('divergence'), 'tvd'),
     'training.stages.loss.ce': (staged(loss=dict(ce=.5)), None, stage('ce'), .5),
     'training.stages.heads_first': (staged(1, heads_first=2), None, lambda r: [t.stages[0].steps for t in fitted(r)], [3, 2, 2]),
-    'training.stages.mix': (staged(1, kind='self', mix=.9, loss={}) | {'training.stages': [dict(steps=1), dict(kind='self', steps=1, mix=.9)], 'student.projection': None}, None, lambda r: given('self_distill', lambda r: r.distiller(r.learner(), 1))(r)[0][-1], .9),
+    'training.stages.mix': ({'training.schedule': dict(warmup_steps=1), 'training.stages': [dict(steps=1), dict(kind='self', steps=1, mix=.9)]}, None,
+        lambda r: given('self_distill', lambda r: r.distiller(r.learner(), 1))(r)[0][-1], .9),
     'training.memory.batch_size': ({}, 3, tr(lambda t: t.batch_size), 3), 'training.memory.gradient_accumulation': ({}, 3, tr(lambda t: t.accum_steps), 3),
     'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: t.mixed_precision), 'bf16'), 'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_gradient_checkpointing), True),
     'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
@@ -265,7 +266,7 @@ EFFECTS = {
 def fitted(r, act=None):
     "The trainers that a run fits, in turn"
     got = []
-    with mock.patch.object(Run, 'fit', lambda self, t, past=(): got.append(t) or [*past]), contextlib.redirect_stdout(io.StringIO()): (act or (lambda r: r.learn(r.learner())))(r)
+    with mock.patch.object(Run, 'fit', lambda self, t, past=(): got.append(t) or [*past]): quiet(act or (lambda r: r.learn(r.learner())), r)
     return got
 
 def put(o, key, value):
@@ -279,8 +280,8 @@ def asked(pair, tmp_path_factory):
     "A file of few words, and its cache"
     d = tmp_path_factory.mktemp('keys')
     (d/'one.jsonl').write_text(json.dumps(dict(prompt='Say hello.', split='train'))+'\n')
-    o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)), student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
-        training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
+    o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
+        student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2), training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
     h = json.loads(json.dumps(o))
     for k,v in HYBRID.items(): put(h, k, v)
     return d,o,quiet(Run(Config.from_dict(dict(distillation=h)), False).synth)
