@@ -180,9 +180,9 @@ class Validation(Table):
 class Prompts(Table):
     "Prompts: the package's own, so many of each split, or a JSONL file with `prompt` and `split` columns"
     file:str|None = None
-    train:int|None = None # None: all
-    heldout:int|None = None
-    ood:int|None = None
+    train:int|None = Field(None, ge=1) # None: all
+    heldout:int|None = Field(None, ge=0)
+    ood:int|None = Field(None, ge=0)
 
 # %% ../nbs/06_recipes.ipynb #06d49399
 class Export(Table):
@@ -278,6 +278,7 @@ def stage_list(c:Config)->list[TrainingStage]: # Complete: with the loss and lea
     loss = lambda s: Loss(**{**own(t.loss), **own(s.loss), 'type': 'hybrid' if s.kind=='features' else 'kl'})
     return [s.model_copy(update=dict(lr=s.lr or t.optimizer.lr, loss=loss(s))) for s in given]
 
+# %% ../nbs/06_recipes.ipynb #7caef8d7
 def total_steps(c:Config)->int: # Of all stages
     "Optimizer steps of a run"
     return sum(s.steps for s in stage_list(c))
@@ -464,9 +465,9 @@ def prompt_rows(p:Prompts, # Which, and how many
     if p.file: ds = load_dataset('json', data_files=p.file, split='train')
     res = []
     for split in ('train', 'heldout', 'ood'):
-        n = getattr(p, split)
-        res += list(ds.filter(lambda r: r['split']==split).select(range(n or 0)) if p.file and n else
-            ds.filter(lambda r: r['split']==split) if p.file else load_prompts(split, n))
+        n,rows = getattr(p, split),list(ds.filter(lambda r: r['split']==split) if p.file else load_prompts(split))
+        if n is not None and n>len(rows): raise ValueError(f"prompts.{split}: {n} are asked for, and there are {len(rows)}")
+        res += rows[:n]
     if not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
     return sorted(as_rows(res), key=lambda r: len(str(r['prompt'])))
 
@@ -478,6 +479,7 @@ def caches(c:Config)->dict[str, list[dict]]: # Folder to its prompts; the last o
     parts = {p: [r for r in rows if (r['split']=='train')==(p==path)] for p in (path, f'{path}/judged')}
     return {k: v for k,v in parts.items() if v}
 
+# %% ../nbs/06_recipes.ipynb #17cf1f7d
 def codec(c:Config)->dict: # For `build_cache`
     "How the cache that is trained on keeps each token"
     t = c.teacher
@@ -599,6 +601,7 @@ def free(self:Run):
     gc.collect()
     if self.device=='cuda': torch.cuda.empty_cache()
 
+# %% ../nbs/06_recipes.ipynb #44959086
 @patch
 def let_go(self:Run,
     student, # To be trained
@@ -616,6 +619,7 @@ def stage_name(self:Run,
     "Name of a stage, and of its folder"
     return 'student' if len(self.stages)==1 else f'student-{i+1}-{self.stages[i].kind}'
 
+# %% ../nbs/06_recipes.ipynb #91df5109
 @patch
 def stage(self:Run,
     i:int, # Number of the stage, from 0

@@ -252,15 +252,15 @@ EFFECTS = {
     'training.stages.mix': ({'training.schedule': dict(warmup_steps=1), 'training.stages': [dict(steps=1), dict(kind='self', steps=1, mix=.9)]}, None,
         lambda r: given('self_distill', lambda r: r.distiller(r.learner(), 1))(r)[0][-1], .9),
     'training.memory.batch_size': ({}, 3, tr(lambda t: t.batch_size), 3), 'training.memory.gradient_accumulation': ({}, 3, tr(lambda t: t.accum_steps), 3),
-    'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: t.mixed_precision), 'bf16'), 'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_gradient_checkpointing), True),
+    'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: t.mixed_precision), 'bf16'), 'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_activation_checkpointing), True),
     'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
     'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
-    'validation.benchmarks': ({}, ['arithmetic'], lambda r: r.benchmarks(r.learner())['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(r.learner())['student']['arithmetic']['n'], 3),
+    'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(r.learner())['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(r.learner())['student']['arithmetic']['n'], 3),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
     'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
-    'prompts.file': ({'prompts.heldout': 0, 'prompts.ood': 0}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5),
+    'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5),
     'export.gguf': ({}, ['q8_0'], formats('export_gguf'), None), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
 
 def fitted(r, act=None):
@@ -281,7 +281,8 @@ def asked(pair, tmp_path_factory):
     d = tmp_path_factory.mktemp('keys')
     (d/'one.jsonl').write_text(json.dumps(dict(prompt='Say hello.', split='train'))+'\n')
     o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
-        student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2), training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
+        student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
+        training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
     h = json.loads(json.dumps(o))
     for k,v in HYBRID.items(): put(h, k, v)
     return d,o,quiet(Run(Config.from_dict(dict(distillation=h)), False).synth)
