@@ -7,10 +7,10 @@ Docs: https://example.org/distill_nb/plan.html.md"""
 # %% auto #0
 __all__ = ['FIELDS', 'SHAPES', 'BYTES', 'SPEEDS', 'SHARE', 'COMMANDS', 'EPILOG', 'ARGS', 'shape', 'empty_model', 'Sizes',
            'student_sizes', 'activations', 'student_memory', 'teacher_memory', 'token_bytes', 'train_flops',
-           'projection_cost', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits', 'reference',
-           'init', 'compare_reports', 'parser', 'command', 'obstacles', 'verify', 'look', 'main']
+           'projection_cost', 'asked_again', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits',
+           'reference', 'init', 'compare_reports', 'parser', 'command', 'obstacles', 'both', 'verify', 'look', 'main']
 
-# %% ../nbs/06a_plan.ipynb #0ae94846
+# %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from .cache import CacheError, TeacherCache, repair_cache
 from .eval import Report, recovered
-from .recipes import Config, Run, check_models, precision, preset, prompt_rows, run, tables
+from .recipes import Config, Run, caches, check_models, codec, precision, preset, prompt_rows, run, stage_list, tables, total_steps
+from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 
 # %% ../nbs/06a_plan.ipynb #35ed90a9
@@ -51,18 +52,18 @@ def empty_model(config:PretrainedConfig, # From `shape`
     "A model without memory"
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
 
-# %% ../nbs/06a_plan.ipynb #c664da6e
+# %% ../nbs/06a_plan.ipynb #c6be3baa
 class Sizes(NamedTuple):
     "A student in numbers"
     config:PretrainedConfig # Shape
     total:int # Parameters
-    trains:int # Parameters that train at the end of the run
+    trains:int # Parameters that train at the end of a stage
     matrices:int # Weights in the blocks' matrices
     moving:int # Those of them that train
     lowest:int # Lowest block that the backward pass must reach
     head:bool # Does the output head train?
 
-# %% ../nbs/06a_plan.ipynb #e366f3a4
+# %% ../nbs/06a_plan.ipynb #48d7a971
 def student_sizes(config:Config, # What is planned
 )->Sizes: # Of its student, with frozen and adapted parts
     "Make the student of a configuration, without memory, and count"
@@ -72,7 +73,8 @@ def student_sizes(config:Config, # What is planned
         if s.prune and getattr(s.prune, k): setattr(c, k, getattr(s.prune, k))
     model = empty_model(c)
     model = add_lora(model, s.lora.r, s.lora.alpha, s.freeze_below) if s.lora else freeze_below(model, s.freeze_below)
-    opened = Unfreeze(s.unfreeze).names(model, 1.) if s.unfreeze else {n for n,_ in model.named_parameters()}
+    every = {n for n,_ in model.named_parameters()}
+    opened = set().union(*[Unfreeze(o.unfreeze).names(model, 1.) if o.unfreeze else every for o in stage_list(config)])
     moves = {id(p): p for n,p in model.named_parameters() if p.requires_grad and n in opened}
     blocks = [[p for p in b.parameters() if p.ndim>1] for b in decoder_layers(model)[1]]
     trained = [i for i,b in enumerate(blocks) if any(id(p) in moves for p in b)]
@@ -108,7 +110,7 @@ def student_memory(config:Config, # What is planned
     return dict(weights=4*s.total, weights_in_bf16=2*s.total*bf16, adam=8*s.trains, teacher_head=t.vocab_size*t.hidden_size*(4+2*bf16),
         activations_or_gradients=forward+grads if m.gradient_accumulation>1 else max(forward, grads))
 
-# %% ../nbs/06a_plan.ipynb #2804daed
+# %% ../nbs/06a_plan.ipynb #d57dab23
 def teacher_memory(config:Config, # What is planned
     length:int, # Tokens of the longest prompt and its response
     width:int=2, # Bytes of a weight
@@ -116,21 +118,24 @@ def teacher_memory(config:Config, # What is planned
     "What synthesis holds on the device"
     c,n = shape(config.teacher.model_id),config.teacher.synthesis.batch_size
     w = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    beside = 4*student_sizes(config).total if any(s.kind=='on_policy' for s in stage_list(config)) else 0
     return dict(weights=width*empty_model(c).num_parameters(), keys_and_values=2*width*c.num_hidden_layers*c.num_key_value_heads*w*n*length,
-        captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24))
+        captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24), student_of_a_round=beside)
 
-# %% ../nbs/06a_plan.ipynb #26c775a0
+# %% ../nbs/06a_plan.ipynb #7efe3e0c
 BYTES = dict(bf16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
 BYTES |= dict(fp16=BYTES['bf16'], fp8=BYTES['int8'])
 
 def token_bytes(config:Config, # What is planned
     n_layers:int=0, # More hidden states, in bf16
 )->float: # Bytes
-    "What the cache stores for each response token"
-    d,t = shape(config.teacher.model_id).hidden_size,config.teacher
-    return BYTES[t.store](d, t.nats) + 2*d*n_layers
+    "What the cache that is trained on stores for each response token"
+    c,t = shape(config.teacher.model_id),config.teacher
+    d,V = c.hidden_size,c.vocab_size
+    logits = dict(topk=lambda: t.k*(3+high_bits(V)/8) + 6+2*len(codec(config)['temperatures']), sampled=lambda: 40, full=lambda: 2*V)
+    return (logits[t.store]() if t.store in logits else BYTES[t.store](d, t.nats)) + 2*d*n_layers
 
-# %% ../nbs/06a_plan.ipynb #04205f19
+# %% ../nbs/06a_plan.ipynb #d7943898
 def train_flops(config:Config, # What is planned
     n_tokens:float, # Tokens in all, prompts included
     n_targets:float, # Response tokens in all
@@ -142,14 +147,24 @@ def train_flops(config:Config, # What is planned
     heads = s.config.vocab_size*s.config.hidden_size*(2+s.head) + t.vocab_size*t.hidden_size
     return 2*n_tokens*(forward+back) + 2*n_targets*heads
 
-# %% ../nbs/06a_plan.ipynb #8c5fe9e9
+# %% ../nbs/06a_plan.ipynb #4706d15a
 def projection_cost(config:Config, # With a projection
 )->float: # Share of the rest of training, in operations
     "What matching hidden states adds"
     p = config.student.projection
     return 4*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
 
-# %% ../nbs/06a_plan.ipynb #ccc9a905
+# %% ../nbs/06a_plan.ipynb #34073fbe
+def asked_again(config:Config, # What is planned
+    n:int, # Training prompts
+)->dict[str, int]: # `self` and `on_policy`: prompts, all stages together
+    "Prompts that the student, or the teacher on the student's text, is asked about during training"
+    m,res = config.training.memory,dict(self=0, on_policy=0)
+    for s in stage_list(config):
+        if s.kind in res: res[s.kind] += min(n, s.steps*m.batch_size*m.gradient_accumulation)
+    return res
+
+# %% ../nbs/06a_plan.ipynb #6aad446a
 SPEEDS = dict(gpu=(312., 2000.), cpu=(.2, 20.)) # TFLOP/s, GB/s
 SHARE = .4 # of that which these loops reach
 
@@ -161,14 +176,17 @@ def seconds(config:Config, # What is planned
     width:int=2, # Bytes of a weight of the teacher
 )->dict[str, float]: # `teacher` and `student`, seconds
     "How long a run takes"
-    s,t = config.teacher.synthesis,config.training
+    s,t,m = config.teacher.synthesis,config.training,config.training.memory
     P,speed = empty_model(shape(config.teacher.model_id)).num_parameters(),SHARE*tflops*1e12
     steps = math.ceil(n/s.batch_size)*s.max_new_tokens
     write = max(2*P*n*s.max_new_tokens/speed, steps*width*P/(SHARE*gbps*1e9))
-    seen = (t.schedule.max_steps+t.control_steps)*t.memory.batch_size*t.memory.gradient_accumulation
-    return dict(teacher=2*P*n*prompt/speed+write, student=train_flops(config, seen*(prompt+s.max_new_tokens), seen*s.max_new_tokens)/speed)
+    seen,both = (total_steps(config)+t.control_steps)*m.batch_size*m.gradient_accumulation,prompt+s.max_new_tokens
+    own,S = asked_again(config, n),student_sizes(config).total
+    reads = own['self']*S + own['on_policy']*(P+S)
+    writes = math.ceil(own['on_policy']/s.batch_size)*s.max_new_tokens*4*S/(SHARE*gbps*1e9)
+    return dict(teacher=2*P*n*prompt/speed+write, student=(train_flops(config, seen*both, seen*s.max_new_tokens) + 2*both*reads)/speed + writes)
 
-# %% ../nbs/06a_plan.ipynb #bdac2f89
+# %% ../nbs/06a_plan.ipynb #2f116d22
 class Plan(NamedTuple):
     "What a run will need"
     teacher:dict # Bytes on the device while the teacher writes, by part
@@ -179,7 +197,7 @@ class Plan(NamedTuple):
     served:int # Bytes of the student when it answers in bf16, one conversation of 4,096 tokens
     settings:dict # What was assumed
 
-# %% ../nbs/06a_plan.ipynb #0733742d
+# %% ../nbs/06a_plan.ipynb #ae43b338
 def types(config:Config, # What is planned
     device:str, # 'gpu' or 'cpu'
 )->tuple[int, bool]: # Bytes of a weight of the teacher, and whether training multiplies in bf16
@@ -187,19 +205,24 @@ def types(config:Config, # What is planned
     d,p = config.teacher.dtype,config.training.memory.mixed_precision
     return (4 if d=='float32' or d=='auto' and device=='cpu' else 2),p in ('bf16', 'fp16') or p=='auto' and device=='gpu'
 
-# %% ../nbs/06a_plan.ipynb #5c105c73
+# %% ../nbs/06a_plan.ipynb #611fd0b8
 def disk_space(config:Config, # What is planned
     n:int, # Prompts
     prompt:float, # Mean tokens of a prompt
     width:int=2, # Bytes of a weight of the teacher
+    judged:int=0, # How many of the prompts have a cache of whole distributions of their own
 )->dict[str, int]: # Bytes: `cache`, `output`
     "What a run writes"
     s,t,p = student_sizes(config),shape(config.teacher.model_id),config.student
     new,more = config.teacher.synthesis.max_new_tokens,p.projection.n_layers if p.projection else 0
-    cache = n*(new*token_bytes(config, more)+4*(prompt+new)) + width*t.vocab_size*t.hidden_size
-    return dict(cache=round(cache), output=4*s.total*(3 if p.prune else 1) + 12*s.trains*(3+2*(config.training.control_steps>0)))
+    own,kinds,ids,head = asked_again(config, n-judged),[o.kind for o in stage_list(config)],4*(prompt+new),width*t.vocab_size*t.hidden_size
+    one,d,e = new*token_bytes(config),t.hidden_size,s.config.hidden_size
+    cache = (n-judged)*(one+new*2*d*more+ids) + judged*(new*2*d+ids) + head*(1+(judged>0))
+    stages = own['self']*(new*2*e+ids) + kinds.count('self')*4*s.config.vocab_size*e + own['on_policy']*(one+ids) + kinds.count('on_policy')*head
+    kept = 12*s.trains*(1+2*(len(kinds)+(config.training.control_steps>0)))*(1+(config.training.ema>0)/3)
+    return dict(cache=round(cache), output=round(4*s.total*(3 if p.prune else 1) + kept + stages))
 
-# %% ../nbs/06a_plan.ipynb #700c129c
+# %% ../nbs/06a_plan.ipynb #c7965695
 def served(config:Config, # What is planned
     length:int=4096, # Tokens of the conversation
 )->int: # Bytes
@@ -208,7 +231,7 @@ def served(config:Config, # What is planned
     c,adapters = s.config,s.trains if config.student.lora else 0
     return 2*(s.total-adapters) + 4*length*c.num_hidden_layers*c.num_key_value_heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
 
-# %% ../nbs/06a_plan.ipynb #19368f0d
+# %% ../nbs/06a_plan.ipynb #9054b0cd
 def make_plan(config:Config, # What is planned
     device:str='gpu', # Or 'cpu'
     tflops:float=None, # Of the machine; default: as in `SPEEDS`
@@ -220,17 +243,19 @@ def make_plan(config:Config, # What is planned
     n,mean,length = len(prompts),sum(prompts)/len(prompts),round(max(prompts))+config.teacher.synthesis.max_new_tokens
     on,off,s = teacher_memory(config, length, width),student_memory(config, length, bf16),student_sizes(config)
     host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
-    return Plan(on, off, host, disk_space(config, n, mean, width), seconds(config, n, mean, *speed, width), served(config),
+    folders = list(caches(config).values())
+    disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
+    return Plan(on, off, host, disk, seconds(config, n, mean, *speed, width), served(config),
         dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]))
 
-# %% ../nbs/06a_plan.ipynb #c3a0aaac
+# %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
 )->str: # Such as 'fits 24, 80 GB'
     "Which of the usual GPUs are large enough"
     ok = [str(g) for g in (8, 16, 24, 80) if n_bytes+1e9<=g*1e9]
     return f"fits {', '.join(ok)} GB" if ok else 'fits none of 8, 16, 24, 80 GB'
 
-# %% ../nbs/06a_plan.ipynb #78b8c6b0
+# %% ../nbs/06a_plan.ipynb #78529e16
 def _time(s):
     for unit,n in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if s>=2*n: return f'{s/n:.1f} {unit}'
@@ -247,7 +272,11 @@ def __str__(self:Plan):
     return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
 
-# %% ../nbs/06a_plan.ipynb #25074bfc
+# %% ../nbs/06a_plan.ipynb #336ca6c5
+def _item(lines):
+    "A table as an item of a list"
+    return [('- ' if i==0 else '  ').join(re.match('( *)(.*)', l).groups()) for i,l in enumerate(lines)]
+
 def reference(table:type=Config, # Where to start
     depth:int=1, # Of its keys in the file
 )->list[str]: # Lines of YAML; a key without a default has no value
@@ -258,10 +287,10 @@ def reference(table:type=Config, # Where to start
         default = '' if f.is_required() or k in inner else ' '+json.dumps(f.default)
         note = notes.get(k, 'optional' if k in inner and f.default is None else '')
         res.append(f"{'  '*depth}{k}:{default}".ljust(36)+f' # {note}'*bool(note))
-        if k in inner: res += reference(inner[k], depth+1)
+        if k in inner: res += _item(reference(inner[k], depth+1)) if k=='stages' else reference(inner[k], depth+1)
     return res
 
-# %% ../nbs/06a_plan.ipynb #268abb8a
+# %% ../nbs/06a_plan.ipynb #58662193
 def init(name:str='demo', # A preset
     path:str=None, # File to write; default: the preset's name and `.yaml`
 )->Path: # The file
@@ -272,7 +301,7 @@ def init(name:str='demo', # A preset
     p.write_text(text+'\n# Every key, its default and what it means:\n'+''.join(f'# {l.rstrip()}\n' for l in reference()), encoding='utf-8')
     return p
 
-# %% ../nbs/06a_plan.ipynb #358dddd7
+# %% ../nbs/06a_plan.ipynb #6128290e
 def _report(path):
     "A report from its folder, or from the folder of its run"
     p = Path(path)
@@ -287,7 +316,7 @@ def _facts(r):
         res[f'{s}: top-1 agreement'] = f'{r.models[r.student][s].agreement:.1%}'
     return res | {'target tokens trained on': f"{r.at.get(r.student, 0):,}", 'minutes': f"{r.cost.get('seconds', 0)/60:.1f}", 'MB of cache': f"{r.cost.get('bytes', 0)/1e6:.1f}"}
 
-# %% ../nbs/06a_plan.ipynb #72ecbba8
+# %% ../nbs/06a_plan.ipynb #489b47c3
 def compare_reports(paths:list, # Folders of runs or of reports, or `report.json` files
 )->str: # A table in Markdown, one column each
     "Reports side by side"
@@ -298,7 +327,7 @@ def compare_reports(paths:list, # Folders of runs or of reports, or `report.json
     warn = [] if all(o==judged[0] for o in judged) else ['', 'They were judged on other prompts or answers: compare shares of the gap, not KL.']
     return '\n'.join([f"| {' | '.join(r)} |" for r in rows]+warn)
 
-# %% ../nbs/06a_plan.ipynb #cb2637d6
+# %% ../nbs/06a_plan.ipynb #cb233c1b
 COMMANDS = dict(demo='distil the embedded teacher, end with a report', init='write a commented YAML file to start from', plan='say what a file will need, before anything runs',
     run='do everything that a YAML file says', synth='ask the teacher', train='ask, then train', eval='judge what was trained',
     export='write the student as a model folder', stats='size of a cache', verify='check every byte of a cache', compare='reports side by side')
@@ -310,7 +339,7 @@ EPILOG = '''a first run:
 
 presets: '''
 
-# %% ../nbs/06a_plan.ipynb #63803984
+# %% ../nbs/06a_plan.ipynb #7e87b3de
 ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student and report (default: demo)'))],
     init=[('preset', dict(nargs='?', default='demo', help='name of a preset (default: demo)')), ('--to', dict(metavar='FILE', help='file to write (default: the name of the preset)'))],
     plan=[('path', dict(help='YAML file')), ('--cpu', dict(action='store_true', help='plan for a CPU')),
@@ -321,7 +350,7 @@ ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student
     stats=[('path', dict(help='folder of the cache'))],
     verify=[('path', dict(help='folder of the cache')), ('--repair', dict(metavar='FILE', help='YAML file that it was made by: make again what is damaged'))], **{k: [('path', dict(help='YAML file'))] for k in ('synth', 'train', 'eval', 'export')})
 
-# %% ../nbs/06a_plan.ipynb #bbb87e4c
+# %% ../nbs/06a_plan.ipynb #d4670f58
 def parser()->argparse.ArgumentParser: # Of the `distill` command
     "Command line"
     found = sorted(p.name.removesuffix('.yaml') for p in (files('distill_nb')/'data').iterdir() if p.name.endswith('.yaml'))
@@ -333,7 +362,7 @@ def parser()->argparse.ArgumentParser: # Of the `distill` command
         for a,kw in ARGS[name]: q.add_argument(a, **kw)
     return p
 
-# %% ../nbs/06a_plan.ipynb #48093696
+# %% ../nbs/06a_plan.ipynb #91c2e548
 def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     config:Config, # What to do
 )->Report|None: # Where one was made
@@ -347,7 +376,7 @@ def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     if name=='train': return None
     return r.finish(models) if name=='export' else r.compare(models)
 
-# %% ../nbs/06a_plan.ipynb #bb454144
+# %% ../nbs/06a_plan.ipynb #378aa5f5
 def obstacles(config:Config, # What is planned
 )->list[str]: # Empty if it can start
     "What would stop a run on this machine"
@@ -357,18 +386,25 @@ def obstacles(config:Config, # What is planned
         except (ValueError, OSError) as e: res.append(str(e))
     return res
 
-# %% ../nbs/06a_plan.ipynb #6b56eee3
+# %% ../nbs/06a_plan.ipynb #c1768aa0
+def both(path:str, # Folder of a cache
+)->list[Path]: # That, and the cache within it to judge on, where there is one
+    "Caches in a folder"
+    return [p for p in (Path(path), Path(path)/'judged') if p==Path(path) or (p/'manifest.json').exists()]
+
 def verify(path:str, # Folder of a cache
     repair:str=None, # The YAML file that it was made by: what is wrong is made again
 )->int: # Number of files that are still damaged
     "Check every byte of a cache, and say what is wrong"
-    c = Config.from_yaml(repair) if repair else None
-    bad = repair_cache(Run(c).load_teacher(), path, prompt_rows(c.prompts)) if c else TeacherCache(path, partial=True).verify()
+    c,bad = Config.from_yaml(repair) if repair else None,[]
+    teacher = Run(c).load_teacher() if c else None
+    given = {Path(k).name=='judged': v for k,v in caches(c).items()} if c else {}
+    for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else TeacherCache(p, partial=True).verify()
     print('\n'.join(bad) or f'{path}: whole')
     if c and bad: print(f'{path}: made again, and whole')
     return 0 if c else len(bad)
 
-# %% ../nbs/06a_plan.ipynb #d7fc3d62
+# %% ../nbs/06a_plan.ipynb #ff598371
 def look(a:argparse.Namespace, # From `parser`
 )->int: # Exit status
     "Do a command that trains nothing"
@@ -376,9 +412,11 @@ def look(a:argparse.Namespace, # From `parser`
     if a.command=='init': print(f'{init(a.preset, a.to)}: change it, then `distill plan` and `distill run`')
     if a.command=='compare': print(compare_reports(a.path))
     if a.command=='stats':
-        cache = TeacherCache(a.path)
-        m = cache.manifest
-        print(yaml.safe_dump(cache.stats()|dict(codec=m['codec'], layers=m['layers'], generation=m['generation'], teacher=m['teacher']), sort_keys=False).strip())
+        for p in both(a.path):
+            cache = TeacherCache(p)
+            m = {k: cache.manifest[k] for k in ('codec', 'layers', 'generation', 'teacher')}
+            if p!=Path(a.path): print('\nTo judge on:')
+            print(yaml.safe_dump(cache.stats()|m, sort_keys=False).strip())
     if a.command not in ('plan', 'run'): return 0
     config = Config.from_yaml(a.path)
     device = ('cpu' if a.cpu else 'gpu') if a.command=='plan' else 'gpu' if torch.cuda.is_available() else 'cpu'
@@ -387,7 +425,7 @@ def look(a:argparse.Namespace, # From `parser`
     if stops: print('\nIt would not start here:\n'+'\n'.join(f'- {o}' for o in stops))
     return int(bool(stops) and a.command=='run')
 
-# %% ../nbs/06a_plan.ipynb #ccd135f2
+# %% ../nbs/06a_plan.ipynb #739de536
 def main(argv:list[str]=None, # Words of the command line; default: those of this process
 )->int: # Exit status
     "The `distill` command"

@@ -2,15 +2,18 @@
 import contextlib, io, json, subprocess, sys, textwrap, time
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from distill_nb import recipes
 from distill_nb.cache import load_json
 from distill_nb.eval import Report
 from distill_nb.plan import main, make_plan, projection_cost
-from distill_nb.recipes import Config, Run, preset, read_yaml, run
+from distill_nb.recipes import Config, Run, preset, prompt_rows, read_yaml, run, tables
 from distill_nb.synthesis import embedded_teacher
 
 TEMPLATE = textwrap.dedent('''\
@@ -75,7 +78,10 @@ def small(o, pair, out):
     c['teacher']['synthesis'].update(max_new_tokens=4, batch_size=64)
     c['student']['model_id'],c['out'] = pair[1],str(out/'run')
     if 'projection' in c['student']: c['student']['projection'].update(teacher_dim=48, student_dim=32)
-    c['training']['schedule'].update(warmup_steps=1, max_steps=4)
+    c['training']['schedule']['warmup_steps'] = 1
+    if 'stages' not in c['training']: c['training']['schedule']['max_steps'] = 4
+    for s in c['training'].get('stages', []): s['steps'] = 2
+    if 'stages' in c['training']: c['training']['stages'][0]['unfreeze'] = [[0., 1], [.5, 'all']]
     c['training']['memory']['mixed_precision'] = 'no'
     c['validation']['eval_frequency'] = 2
     if 'control_steps' in c['training']: c['training']['control_steps'] = 2
@@ -90,19 +96,19 @@ def test_preset_runs_end_to_end(name, pair, tmp_path):
     o = small(read_yaml(files('distill_nb')/f'data/{name}.yaml')[0], pair, tmp_path)
     c = o['distillation']
     c['prompts'],c['validation']['answers'] = dict(train=24, heldout=8, ood=8),0
-    if 'unfreeze' in c['student']: c['student']['unfreeze'] = [[0., 1], [.5, 'all']]
     config = Config.from_dict(o)
     rep = quiet(run, config, False)
     rows = load_json(tmp_path/'run/history-student.json')['rows']
-    assert set(rep.models)=={'start', 'student', 'control', 'student @ 2 steps'} and len(rows)==4
+    n = 6 if name=='budget' else 4
+    assert set(rep.models)=={'start', 'student', 'control', 'student @ 2 steps'} and len(rows)==n and (tmp_path/'run/report/kl.png').exists()
     assert rep.models['student']['heldout'].kl!=rep.models['start']['heldout'].kl
-    assert [i for i,r in enumerate(rows) if 'heldout_kl' in r]==[1, 3]
+    assert [i for i,r in enumerate(rows) if 'heldout_kl' in r]==list(range(1, n, 2))
     assert all(('feature' in r)==(name=='low_latency') for r in rows)
     assert (rows[0]['trains']<rows[-1]['trains'])==(name=='budget')
     m = LlamaForCausalLM.from_pretrained(tmp_path/'run/model')
     assert (m.config.hidden_size, m.config.num_hidden_layers)==(32, 2) and Report.load(tmp_path/'run/report').at==rep.at
     manifest = load_json(tmp_path/'cache/manifest.json')
-    want = dict(edge=('transform', []), low_latency=('hidden', [2]), budget=('hidden', []))[name]
+    want = dict(edge=('transform', []), low_latency=('hidden', [2]), budget=('topk', []))[name]
     assert (manifest['codec'], manifest['layers'])==want, manifest
 
 def test_projection_of_low_latency_costs_less_than_two_percent():
@@ -181,3 +187,121 @@ with r.timed('long', every=.1):
         time.sleep(1)
         p.kill()
     assert .5<load_json(tmp_path/'run/cost.json')['long']<30
+
+class Seen(Exception): "What was wanted is known"
+
+def given(name, act):
+    "What `act` gives to the function `name` of the recipes: `(args, kwargs)`"
+    def look(r):
+        with mock.patch.object(recipes, name, side_effect=Seen) as m, contextlib.suppress(Seen): act(r)
+        return m.call_args.args,m.call_args.kwargs
+    return look
+
+def trainer(r, i=0): return r.trainer(r.distiller(r.learner(), i), r.stage(i))
+def tr(f): return lambda r: f(trainer(r))
+def kw(k): return lambda r: given('build_cache', Run.synth)(r)[1].get(k)
+def pruned(f, name='prune_student'): return lambda r: f(given(name, Run.start)(r)[0])
+def stage(k): return lambda r: getattr(r.stage(0), k)
+def rows(split): return lambda r: sum(o['split']==split for o in prompt_rows(r.config.prompts))
+def formats(name): return lambda r: given(name, lambda r: r.formats(None, Path('x')))(r)[0][1:]
+def wide(r): return next(iter(trainer(r).distiller.heads.values()))
+
+def watched(r):
+    "Evaluations until `watch` stops, where KL falls, agreement falls and perplexity rises"
+    t = SimpleNamespace(averaged=contextlib.nullcontext, stop=False, recorder=SimpleNamespace(rows=[]), distiller=SimpleNamespace(student=None))
+    for i in range(40):
+        t.recorder.rows.append(dict(step=i))
+        got = SimpleNamespace(kl=1/(i+1), agreement=1/(i+1), perplexity=i+1.)
+        with mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
+        if t.stop: break
+    return sum('heldout_kl' in o for o in t.recorder.rows)
+
+HYBRID = {'student.projection': dict(teacher_dim=48, student_dim=32), 'training.loss': dict(type='hybrid', alpha=.5)}
+STAGES = [dict(steps=3), dict(kind='features', steps=4, loss=dict(alpha=.5))]
+def staged(i=0, **k): return {'training.schedule': {}, 'training.stages': [STAGES[0]|k, STAGES[1]] if i==0 else [STAGES[0], STAGES[1]|k], 'student.projection': HYBRID['student.projection']}
+PRUNE = {'student': dict(prune=dict(n_layers=2))}
+STOP = {'validation.eval_frequency': 1}
+
+# key: what else the file must say, the value, what sees it, and what is seen
+EFFECTS = {
+    'teacher.model_id': ({}, 'STUDENT', lambda r: r.load_teacher().model.config.hidden_size, 32), 'teacher.cache_dir': ({}, 'elsewhere', lambda r: given('build_cache', Run.synth)(r)[0][2], 'elsewhere'),
+    'teacher.dtype': ({}, 'bfloat16', lambda r: r.load_teacher().model.dtype, torch.bfloat16), 'teacher.store': ({}, 'int8', kw('dtype'), 'int8'),
+    'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
+    'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),
+    'teacher.synthesis.batch_size': ({}, 3, kw('batch_size'), 3), 'teacher.synthesis.seed': ({}, 5, kw('seed'), 5),
+    'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
+    'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
+    'student.prune.intermediate_size': (PRUNE, 64, lambda r: r.load_student(r.start()).config.intermediate_size, 64),
+    'student.prune.num_attention_heads': (PRUNE, 1, pruned(lambda a: a[3], 'prune_width'), 1),
+    'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.in_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.out_features, 32),
+    'student.projection.use_layernorm': (HYBRID, False, lambda r: type(wide(r).norm), torch.nn.Identity), 'student.projection.n_layers': (HYBRID, 5, lambda r: len(r.layer_map(30, 20)), 5),
+    'student.freeze_below': ({}, 1, tr(lambda t: any('layers.0.' in n for n in t.names)), False),
+    'student.lora.r': ({}, 3, lambda r: r.learner().peft_config['default'].r, 3), 'student.lora.alpha': ({}, 5., lambda r: r.learner().peft_config['default'].lora_alpha, 5.),
+    'student.unfreeze': ({}, [[0., 1], [.5, 'all']], stage('unfreeze'), [(0., 1), (.5, 'all')]),
+    'training.loss.type': (HYBRID, 'hybrid', tr(lambda t: len(t.distiller.heads)), 1), 'training.loss.temperature': ({}, 3., stage('temperature'), 3.), 'training.loss.alpha': (HYBRID, .25, stage('alpha'), .25),
+    'training.loss.divergence': ({}, 'jsd', stage('divergence'), 'jsd'), 'training.loss.ce': ({}, .5, stage('ce'), .5),
+    'training.optimizer.type': ({}, 'adamw', tr(lambda t: type(t.opt)), torch.optim.AdamW), 'training.optimizer.lr': ({}, .25, stage('lr'), .25),
+    'training.optimizer.weight_decay': ({}, .25, tr(lambda t: t.opt.param_groups[0]['weight_decay']), .25),
+    'training.schedule.warmup_steps': ({}, 2, stage('warmup'), .5), 'training.schedule.max_steps': ({}, 8, stage('steps'), 8), 'training.schedule.decay': ({}, 'linear', stage('decay'), 'linear'),
+    'training.stages.kind': (staged(), None, lambda r: [type(trainer(r, i).distiller.heads).__name__+str(len(trainer(r, i).distiller.heads)) for i in (0, 1)], ['ModuleDict0', 'ModuleDict1']),
+    'training.stages.steps': (staged(steps=7), None, stage('steps'), 7), 'training.stages.lr': (staged(lr=.5), None, stage('lr'), .5), 'training.stages.unfreeze': (staged(unfreeze=[[0, 1]]), None, stage('unfreeze'), [(0., 1)]),
+    'training.stages.loss.type': (staged(), None, lambda r: [s.loss.type for s in r.stages], ['kl', 'hybrid']), 'training.stages.loss.temperature': (staged(loss=dict(temperature=3.)), None, stage('temperature'), 3.),
+    'training.stages.loss.alpha': (staged(1, loss=dict(alpha=.2)), None, lambda r: r.stage(1).alpha, .2), 'training.stages.loss.divergence': (staged(loss=dict(divergence='tvd')), None, stage('divergence'), 'tvd'),
+    'training.stages.loss.ce': (staged(loss=dict(ce=.5)), None, stage('ce'), .5),
+    'training.stages.heads_first': (staged(1, heads_first=2), None, lambda r: [t.stages[0].steps for t in fitted(r)], [3, 2, 2]),
+    'training.stages.mix': ({'training.schedule': dict(warmup_steps=1), 'training.stages': [dict(steps=1), dict(kind='self', steps=1, mix=.9)]}, None,
+        lambda r: given('self_distill', lambda r: r.distiller(r.learner(), 1))(r)[0][-1], .9),
+    'training.memory.batch_size': ({}, 3, tr(lambda t: t.batch_size), 3), 'training.memory.gradient_accumulation': ({}, 3, tr(lambda t: t.accum_steps), 3),
+    'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: t.mixed_precision), 'bf16'), 'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_activation_checkpointing), True),
+    'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
+    'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
+    'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
+    'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(r.learner())['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(r.learner())['student']['arithmetic']['n'], 3),
+    'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
+    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
+    'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
+    'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5),
+    'export.gguf': ({}, ['q8_0'], formats('export_gguf'), None), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
+
+def fitted(r, act=None):
+    "The trainers that a run fits, in turn"
+    got = []
+    with mock.patch.object(Run, 'fit', lambda self, t, past=(): got.append(t) or [*past]): quiet(act or (lambda r: r.learn(r.learner())), r)
+    return got
+
+def put(o, key, value):
+    "Set a dotted key"
+    *at,last = key.split('.')
+    for k in at: o = o.setdefault(k, {})
+    o[last] = value
+
+@pytest.fixture(scope='module')
+def asked(pair, tmp_path_factory):
+    "A file of few words, and its cache"
+    d = tmp_path_factory.mktemp('keys')
+    (d/'one.jsonl').write_text(json.dumps(dict(prompt='Say hello.', split='train'))+'\n')
+    o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
+        student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
+        training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
+    h = json.loads(json.dumps(o))
+    for k,v in HYBRID.items(): put(h, k, v)
+    return d,o,quiet(Run(Config.from_dict(dict(distillation=h)), False).synth)
+
+def test_every_key_is_in_the_table():
+    ts = tables()
+    leaves = {'.'.join((*w, k)) for w,t in ts.items() for k in t.model_fields if (*w, k) not in ts}
+    assert set(EFFECTS)==leaves
+
+@pytest.mark.parametrize('key', EFFECTS)
+def test_key_has_its_effect(key, asked, pair, tmp_path):
+    d,base,cache = asked
+    more,value,look,want = EFFECTS[key]
+    o = json.loads(json.dumps(base))
+    for k,v in json.loads(json.dumps(more)).items(): put(o, k, v)
+    names = dict(STUDENT=pair[1], TEACHER=pair[0], FILE=str(d/'one.jsonl'), OUT=str(tmp_path/'other'))
+    if key!='out': o['out'] = str(tmp_path/'out')
+    if value is not None: put(o, key, names.get(value, value) if isinstance(value, str) else value)
+    with mock.patch.object(recipes, 'check_models'), mock.patch.object(recipes, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
+    r.cache = r.judged = cache
+    got = quiet(look, r)
+    assert got==want if want is not None else got, (key, got)
