@@ -187,7 +187,7 @@ class Prompts(Table):
 # %% ../nbs/06_recipes.ipynb #06d49399
 class Export(Table):
     "Formats beside the safetensors folder, each checked in its own engine"
-    gguf:list[Literal['f32', 'f16', 'q8_0']] = [] # files for llama.cpp, by the type of their matrices
+    gguf:list[Literal['f32', 'f16', 'q8_0', 'q4_k_m']] = [] # files for llama.cpp, by the type of their matrices
     onnx:bool = False # a folder for onnxruntime
 
 # %% ../nbs/06_recipes.ipynb #afbc8cb1
@@ -875,8 +875,8 @@ def card(self:Run,
     t,n = c.training,len(self.cache.select(split='train'))
     how = ', then '.join(f'{s.kind} at temperature {s.loss.temperature:g} for {s.steps} steps' for s in self.stages)
     who = dict(base_model=HUB_ID, teacher=TEACHER_NAME, license='apache-2.0') if emb else dict(base_model=c.teacher.model_id, teacher=c.teacher.model_id)
-    return model_card(rep, **who,
-        data=f"{n} instructions, answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each.",
+    wrote = f"answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each" if 'temperature' in g else 'with responses of others, which the teacher read'
+    return model_card(rep, **who, data=f'{n} instructions, {wrote}.',
         losses=f'{how}; each step {t.memory.batch_size*t.memory.gradient_accumulation} sequences.')
 
 # %% ../nbs/06_recipes.ipynb #c46ebd95
@@ -890,7 +890,7 @@ def formats(self:Run,
     texts = [e['input_ids'].tolist() for e in self.some('heldout', 4)]
     for kind in e.gguf:
         p = export_gguf(folder, self.out/f'model-{kind}.gguf', kind)
-        res[p.name] = check_gguf(student, p, texts, tok, kl=None if kind=='q8_0' else 1e-5)
+        res[p.name] = check_gguf(student, p, texts, tok, kl=1e-5 if kind in ('f32', 'f16') else None)
     if e.onnx: res['onnx'] = check_onnx(student, export_onnx(folder, self.out/'onnx'), texts, tok)
     return res
 
