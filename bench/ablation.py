@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each technique is worth: one teacher, one start, the same number of steps on the same prompts, three seeds.
 
-usage: ablation.py [--out ablation] [--layers 15] [--steps 30] [--seeds 3] [--train 160] [--judged 48] [--only NAME ...] [--no-write]
+usage: ablation.py [--out ablation] [--layers 15] [--steps 30] [--seeds 3] [--train 160] [--judged 48] [--only NAME ...] [--report] [--no-write]
 
 The embedded teacher and a student of its own blocks (by block influence; the four lowest blocks and the embeddings stay as they are, where no other
 plan is named). Each run is kept as a file in `--out`, and a second call goes on where the first was stopped. At the end the table is printed, and
@@ -140,6 +140,13 @@ class Ablation:
             for n in names: res[n].append(self.one(n, runs[n], seed))
         return load_json(p),res
 
+def found(out, seeds):
+    "What is there, without running anything: the runs that have all seeds"
+    by = {}
+    for o in map(load_json, sorted(Path(out).glob('*-[0-9].json'))): by.setdefault(o['name'], {})[o['seed']] = o
+    names = sorted((n for n,o in by.items() if set(range(seeds))<=set(o)), key=lambda n: n!='logits')
+    return load_json(Path(out)/'before.json'),{n: [by[n][i] for i in range(seeds)] for n in names}
+
 def together(runs, split):
     "Scores of several seeds as one: the examples of all"
     ds = [r['sets'][split] for r in runs]
@@ -160,10 +167,11 @@ def main():
     for k,v in dict(layers=15, steps=30, seeds=3, train=160, judged=48).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--out', default='ablation')
     p.add_argument('--only', nargs='+', help='these runs')
+    p.add_argument('--report', action='store_true', help='run nothing: the table of what is there')
     p.add_argument('--no-write', action='store_true', help='print only')
     a = p.parse_args()
     Path(a.out).mkdir(exist_ok=True)
-    with contextlib.redirect_stdout(sys.stderr): before,res = Ablation(a).all()
+    with contextlib.redirect_stdout(sys.stderr): before,res = found(a.out, a.seeds) if a.report else Ablation(a).all()
     what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, '
         f'judged on {a.judged} held-out prompts and {a.judged} out of distribution. KL(teacher || student) at T=1, nats per target token; differences are positive where the run is better than `logits`.')
     text = '\n\n'.join(['## Ablation', what, f'Machine: {machine()}.', table(before, res)])
