@@ -26,7 +26,7 @@ test: $(READY)
 	$(BIN)/python -c 'from distill_nb.synthesis import embedded_teacher; embedded_teacher()'
 	$(BIN)/chkstyle $(CHECKED)
 	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" HF_HUB_OFFLINE=1 && \
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing && OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	find nbs -name '*.ipynb' -not -path '*/.*' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev-test && OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 docs: $(READY)
 	$(BIN)/python tools/docs.py

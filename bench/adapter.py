@@ -53,8 +53,7 @@ def main():
     cache,items = TeacherCache(run/'cache'),load_items('sciq', a.train+a.judged)
     seen,asked,held = items[:a.train],items[a.train:],cache.select(split='heldout')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(run/'model', dtype=torch.float32)
-    ways = {'student': (lambda m: m, 0, 0.), 'LoRA adapter, small steps': (add_lora, a.steps, 1e-4), 'LoRA adapter': (add_lora, a.steps, 1e-3),
-        'all weights, small steps': (lambda m: m, a.steps, 2e-5), 'all weights': (lambda m: m, a.steps, 2e-4)}
+    ways = {'student': (lambda m: m, 0, 0.), 'LoRA adapter': (add_lora, a.steps, 1e-3), 'all weights, small steps': (lambda m: m, a.steps, 2e-5), 'all weights': (lambda m: m, a.steps, 2e-4)}
     res = {}
     for name,(prepare,steps,lr) in ways.items():
         model,start = prepare(fresh()),time.process_time()
