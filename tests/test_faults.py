@@ -28,6 +28,7 @@
 | 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
 """
 import errno, os, pickle, random, shutil, signal, socket, subprocess, sys, tempfile, time
+from functools import partial
 from pathlib import Path
 
 import pytest, torch
@@ -275,15 +276,20 @@ def test_read_only_folder(teacher, whole, unasked):
         Path(top).chmod(0o755)
         for p in (d, d/'tokenizer'): p.chmod(0o755)
 
-def test_second_writer_and_dead_writer(teacher, whole, tmp_path, monkeypatch):
-    d = tmp_path/'c'
+def writer(d, start=forked):
+    "A child process, made by `start`, that is writing the cache `d`"
     r,w = os.pipe()
-    def first():
+    def hold():
         with dc.claim(d):
             os.write(w, b'.')
             time.sleep(60)
-    pid = forked(first)
+    pid = start(hold)
     os.read(r, 1)
+    return pid
+
+def test_second_writer_and_dead_writer(teacher, whole, tmp_path, monkeypatch):
+    d = tmp_path/'c'
+    pid = writer(d)
     with monkeypatch.context() as m, pytest.raises(CacheError, match=f'process {pid} on {socket.gethostname()} is writing this cache'):
         m.setattr(teacher, 'generate', None, raising=False)
         build_cache(teacher, ROWS, d, **KW)
@@ -323,18 +329,12 @@ def member(rank, f, name='a'):
 
 def test_a_job_and_strangers(teacher, whole, tmp_path):
     d = tmp_path/'c'
-    r,w = os.pipe()
-    def hold():
-        with dc.claim(d):
-            os.write(w, b'.')
-            time.sleep(60)
+    first = writer(d, partial(member, 1))
     def refused():
         with pytest.raises(CacheError, match=f'process {first} on {socket.gethostname()} of job a 127.0.0.1 29500 is writing this cache'):
             with dc.claim(d): pass
     def welcome():
         with dc.claim(d): pass
-    first = member(1, hold)
-    os.read(r, 1)
     try:
         refused()
         assert status(member(0, refused, 'b'))==0 and status(member(1, refused))==0 and status(member(0, welcome))==0

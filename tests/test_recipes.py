@@ -261,7 +261,7 @@ EFFECTS = {
     'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
     'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5),
-    'export.gguf': ({}, ['q8_0'], formats('export_gguf'), None), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
+    'export.gguf': ({}, ['q8_0'], lambda r: formats('export_gguf')(r)[-1], 'q8_0'), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
 
 def fitted(r, act=None):
     "The trainers that a run fits, in turn"
