@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cache import (TeacherCache, as_rows, canonical, check_manifest, claim, load_manifest, make_manifest, replace_file, save_json,
     save_tensors, save_tokenizer, sha256_json, shard_path)
-from .sparse import TopKCodec, high_bits, pack_ids
+from .sparse import TopKCodec, high_bits, in_bytes, pack_ids
 from .synthesis import TeacherSynthesizer, tokenizer_sha256
 
 # %% ../nbs/00d_sources.ipynb #79889736
@@ -213,9 +213,7 @@ def topk_of_logprobs(top:list, # For each token `[[id, log-probability], ...]`
     x = torch.tensor([sorted(o, key=lambda p: -p[1])[:k] for o in top], dtype=torch.float64)
     ids,v = x[...,0].long(),x[...,1].clamp_min(-100).float()
     largest,rest = v[:,:1],(1-v.double().exp().sum(-1, keepdim=True)).clamp_min(1e-7).log().float()
-    step = ((largest-v[:,-1:])/255).clamp_min(1e-7).half()
-    values = ((largest-v)/step.float()).round().clamp_max(255).to(torch.uint8)
-    return dict(values=values, top=largest[:,0], step=step[:,0], tails=(rest-largest).half()) | pack_ids(ids, high_bits(vocab))
+    return in_bytes(v) | dict(tails=(rest-largest).half()) | pack_ids(ids, high_bits(vocab))
 
 # %% ../nbs/00d_sources.ipynb #1cae0a99
 def _example(i, r, tok):
