@@ -26,7 +26,7 @@ test: $(READY)
 	$(BIN)/python -c 'from distill_nb.synthesis import embedded_teacher; embedded_teacher()'
 	$(BIN)/chkstyle $(CHECKED)
 	tmp=$$(mktemp -d) && chmod 755 "$$tmp" && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" HF_HUB_OFFLINE=1 && \
-	find nbs -name '*.ipynb' -not -path '*/.*' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev-test && OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	find nbs -name '*.ipynb' -not -path '*/.*' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev-test && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(READY)
 	$(BIN)/python tools/docs.py

@@ -29,7 +29,7 @@ def links(p):
 def site(tmp_path_factory):
     "The site, built in a copy of the tree"
     d = tmp_path_factory.mktemp('site')/'distill_nb'
-    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', '*.egg-info', '__pycache__'))
+    shutil.copytree(ROOT, d, ignore=shutil.ignore_patterns('.venv', '.git', '_*s', '_proc', '_md', 'demo', 'longer', 'ablation', '*.egg-info', '__pycache__'))
     subprocess.run([sys.executable, 'tools/docs.py'], cwd=d, check=True, capture_output=True)
     return d/'_docs'
 
