@@ -351,7 +351,7 @@ def test_half_of_a_job_dies_and_one_process_goes_on(teacher, whole, tmp_path, de
         dc.PATIENCE = 1
         build_cache(teacher, ROWS, d, **KW)
     def doomed():
-        Reaper(12, os.open(os.devnull, os.O_WRONLY)).arm()
+        Reaper('rename', 3, os.open(os.devnull, os.O_WRONLY)).arm()
         build()
     def left():
         with pytest.raises(CacheError, match=f'process {dead} of the job does not do its part'): build()
