@@ -374,7 +374,7 @@ def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     if name=='synth': return None
     models = r.train()
     if name=='train': return None
-    return r.finish(models) if name=='export' else r.compare(models)
+    return r.finish(models) if name=='export' else r.judge(models)
 
 # %% ../nbs/06a_plan.ipynb #378aa5f5
 def obstacles(config:Config, # What is planned
@@ -438,5 +438,8 @@ def main(argv:list[str]=None, # Words of the command line; default: those of thi
     except (ValueError, CacheError, FileNotFoundError, IsADirectoryError, PermissionError) as e:
         print(f'distill: {e}', file=sys.stderr)
         return 1
-    if rep: print(f'\n{rep}\n\nEverything is in {config.out}')
-    return 0
+    if not rep: return 0
+    print(f'\n{rep}\n\nEverything is in {config.out}')
+    lost = [k for k,v in rep.settings.get('exports', {}).items() if 'failed' in v]
+    if lost: print(f"distill: {', '.join(lost)}: not exported, see the end of the report", file=sys.stderr)
+    return int(bool(lost))

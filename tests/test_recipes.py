@@ -100,7 +100,7 @@ def test_preset_runs_end_to_end(name, pair, tmp_path):
     rep = quiet(run, config, False)
     rows = load_json(tmp_path/'run/history-student.json')['rows']
     n = 6 if name=='budget' else 4
-    assert set(rep.models)=={'start', 'student', 'control', 'student @ 2 steps'} and len(rows)==n and (tmp_path/'run/report/kl.png').exists()
+    assert set(rep.models)=={'teacher', 'start', 'student', 'control', 'student @ 2 steps'} and len(rows)==n and (tmp_path/'run/report/kl.png').exists()
     assert rep.models['student']['heldout'].kl!=rep.models['start']['heldout'].kl
     assert [i for i,r in enumerate(rows) if 'heldout_kl' in r]==list(range(1, n, 2))
     assert all(('feature' in r)==(name=='low_latency') for r in rows)
@@ -133,7 +133,7 @@ def test_template_runs_to_a_report(pair, tmp_path):
     o['distillation']['validation'].update(benchmarks=['arithmetic', 'bbh', 'alpaca_eval'], limit=2) # what needs no download
     config = Config.from_dict(o)
     rep = quiet(run, config, False)
-    assert set(rep.models)=={'start', 'student'} and len(rep.models['student']['heldout'].n)==132 and len(rep.samples)==5
+    assert set(rep.models)=={'teacher', 'start', 'student'} and len(rep.models['student']['heldout'].n)==132 and len(rep.samples)==5
     assert all(set(o)=={'arithmetic', 'bbh', 'alpaca_eval'} and o['arithmetic']['n']==2 for o in rep.benchmarks.values())
     assert all(rep.benchmarks['student'][k]['not_run'].startswith('not run') for k in ('bbh', 'alpaca_eval'))
     rows = load_json(tmp_path/'run/history-student.json')['rows']
@@ -212,9 +212,16 @@ def watched(r):
     for i in range(40):
         t.recorder.rows.append(dict(step=i))
         got = SimpleNamespace(kl=1/(i+1), agreement=1/(i+1), perplexity=i+1.)
-        with mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
+        with mock.patch.object(recipes, 'evaluate', return_value=got), mock.patch.object(recipes, 'KeepBest'): r.watch(t)
         if t.stop: break
     return sum('heldout_kl' in o for o in t.recorder.rows)
+
+def kept_best(r):
+    "How often the weights of the best evaluation are saved"
+    t = SimpleNamespace(averaged=contextlib.nullcontext, stop=False, recorder=SimpleNamespace(rows=[dict(step=0)]), distiller=SimpleNamespace(student=None))
+    got = SimpleNamespace(kl=1., agreement=1., perplexity=1.)
+    with mock.patch.object(recipes, 'KeepBest') as m, mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
+    return m.call_count
 
 HYBRID = {'student.projection': dict(teacher_dim=48, student_dim=32), 'training.loss': dict(type='hybrid', alpha=.5)}
 STAGES = [dict(steps=3), dict(kind='features', steps=4, loss=dict(alpha=.5))]
@@ -256,17 +263,20 @@ EFFECTS = {
     'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
     'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
-    'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(r.learner())['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(r.learner())['student']['arithmetic']['n'], 3),
+    'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
-    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
+    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
-    'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5),
+    'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5), 'prompts.domain': ({'prompts': dict(file='DOMAIN')}, 1, rows('domain'), 1),
     'export.gguf': ({}, ['q8_0'], lambda r: formats('export_gguf')(r)[-1], 'q8_0'), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
 
 def fitted(r, act=None):
     "The trainers that a run fits, in turn"
     got = []
-    with mock.patch.object(Run, 'fit', lambda self, t, past=(): got.append(t) or [*past]): quiet(act or (lambda r: r.learn(r.learner())), r)
+    def fit(self, t, past=()):
+        got.append(t)
+        return [*past, *[dict(stage=t.stages[0].name)]*t.stages[0].steps]
+    with mock.patch.object(Run, 'fit', fit): quiet(act or (lambda r: r.learn(r.learner())), r)
     return got
 
 def put(o, key, value):
@@ -280,6 +290,7 @@ def asked(pair, tmp_path_factory):
     "A file of few words, and its cache"
     d = tmp_path_factory.mktemp('keys')
     (d/'one.jsonl').write_text(json.dumps(dict(prompt='Say hello.', split='train'))+'\n')
+    (d/'domain.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}.', split=s))+'\n' for s in ('train', 'domain') for i in range(2)))
     o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
         student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
         training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
@@ -297,7 +308,8 @@ def test_key_has_its_effect(key, asked, pair, tmp_path):
     d,base,cache = asked
     more,value,look,want = EFFECTS[key]
     o = json.loads(json.dumps(base))
-    for k,v in json.loads(json.dumps(more)).items(): put(o, k, v)
+    more = json.loads(json.dumps(more).replace('DOMAIN', str(d/'domain.jsonl')))
+    for k,v in more.items(): put(o, k, v)
     names = dict(STUDENT=pair[1], TEACHER=pair[0], FILE=str(d/'one.jsonl'), OUT=str(tmp_path/'other'))
     if key!='out': o['out'] = str(tmp_path/'out')
     if value is not None: put(o, key, names.get(value, value) if isinstance(value, str) else value)
@@ -305,3 +317,22 @@ def test_key_has_its_effect(key, asked, pair, tmp_path):
     r.cache = r.judged = cache
     got = quiet(look, r)
     assert got==want if want is not None else got, (key, got)
+
+def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    o['distillation'] |= dict(prompts=dict(train=8, heldout=3, ood=2), validation=dict(answers=0), export=dict(gguf=['q8_0']))
+    (tmp_path/'t.yaml').write_text(json.dumps(o))
+    with mock.patch.object(recipes, 'export_gguf', side_effect=ValueError('llama.cpp does not know it')): assert main(['run', str(tmp_path/'t.yaml')])==1
+    rep,said = Report.load(tmp_path/'run/report'),capsys.readouterr()
+    assert rep.settings['exports']=={'model-q8_0.gguf': dict(failed='llama.cpp does not know it')} and 'model-q8_0.gguf: not exported' in said.err
+    o['distillation'] |= dict(validation=dict(answers=0, benchmarks=['arithmetic'], limit=2), export={})
+    (tmp_path/'t.yaml').write_text(json.dumps(o))
+    with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): assert main(['eval', str(tmp_path/'t.yaml')])==0
+    new = Report.load(tmp_path/'run/report')
+    assert new.models.keys()==rep.models.keys() and set(new.benchmarks)=={'teacher', 'before', 'student', 'control'}
+
+def test_report_is_there_when_what_follows_fails(pair, tmp_path):
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    o['distillation'] |= dict(prompts=dict(train=8, heldout=3, ood=2), validation=dict(answers=0))
+    with mock.patch.object(recipes, 'export_safetensors', side_effect=OSError('disk full')), pytest.raises(OSError, match='disk full'): quiet(run, Config.from_dict(o), False)
+    assert 'student' in Report.load(tmp_path/'run/report').models
