@@ -7,18 +7,20 @@ Docs: https://example.org/distill_nb/export.html.md"""
 # %% auto #0
 __all__ = ['SECTIONS', 'USE', 'MARK', 'EXTRA', 'RULES', 'ARCH', 'REMEDIES', 'Q', 'HIDDEN', 'bare_model', 'generation_config',
            'model_card', 'is_export', 'whole_folder', 'export_safetensors', 'compare_logits', 'logit_differences',
-           'tokenizer_differences', 'judge', 'check_parity', 'answer', 'k_type', 'ggml_pack', 'quantize_gguf',
-           'export_gguf', 'export_onnx', 'OnnxModel', 'continue_onnx', 'continue_greedily', 'check_onnx']
+           'tokenizer_differences', 'judge', 'rounding_floor', 'allowed', 'continue_greedily', 'check_parity', 'answer',
+           'export_adapter', 'push_to_hub', 'k_type', 'ggml_pack', 'quantize_gguf', 'export_gguf', 'export_onnx',
+           'OnnxModel', 'continue_onnx', 'check_onnx']
 
 # %% ../nbs/05_export.ipynb #73b95b1e
-import copy, ctypes, importlib, io, logging, os, re, subprocess, sys, tempfile, numpy as np, torch, yaml
+import copy, ctypes, importlib, io, json, logging, os, re, subprocess, sys, tempfile, numpy as np, torch, yaml
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
+from huggingface_hub import HfApi
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
@@ -114,7 +116,10 @@ def _fsync(p):
     finally: os.close(fd)
 
 def _settle(folder):
-    mode = (folder/'config.json').stat().st_mode
+    probe = folder/'.mode'
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
     for p in (*folder.rglob('*'), folder):
         if p.is_file(): p.chmod(mode)
         _fsync(p)
@@ -192,17 +197,52 @@ def tokenizer_differences(a:PreTrainedTokenizerBase, # The reference
 # %% ../nbs/05_export.ipynb #2162e511
 def judge(name:str, # Of the file, for the message
     diffs:list[dict], # From `compare_logits`, one for each text
-    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse nothing
+    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse no number
     margin:float=0.02, # Difference of the first two logits above which the favourite token must be the same
-    **equal, # Other questions, True where the answer is as it should be
+    **equal, # Other questions, True where the answer is as it should be; False is never allowed
 )->dict: # `tokens`, `max_abs`, `kl` (mean), `other` (tokens with another favourite), `argmax_equal`, and `equal`
     "Is it the same model? Raises `ValueError` with what differs"
     o = {k: torch.cat([d[k] for d in diffs]) for k in diffs[0]}
     wrong = ((o['gap']>margin) & ~o['same']).sum().item()
     res = dict(tokens=len(o['kl']), max_abs=o['diff'].max().item(), kl=o['kl'].mean().item(), other=wrong, argmax_equal=not wrong, **equal)
-    if kl is None: return res
-    bad = [k for k,v in res.items() if v is False] + [f"kl is {res['kl']:.1e}, allowed {kl:.0e}"]*(not res['kl']<=kl)
+    bad = [k for k,v in equal.items() if v is False]
+    if kl is not None: bad = ['argmax_equal']*(wrong>0) + bad + [f"kl is {res['kl']:.1e}, allowed {kl:.0e}"]*(not res['kl']<=kl)
     if bad: raise ValueError(f"{name} is not the model in memory: {', '.join(bad)} (favourite token differs on {wrong} of {len(o['kl'])} tokens)")
+    return res
+
+# %% ../nbs/05_export.ipynb #6a11e002
+def rounding_floor(model:PreTrainedModel, # In memory; not changed
+    ids:list, # Of lists of token ids, one for each text
+)->float: # Mean KL, nats per token
+    "What arithmetic in fp16 by itself costs a model"
+    other,to_half = bare_model(model, torch.float16).float().to(model.device),lambda o: o.half().to(o.dtype)
+    for name,m in other.named_modules():
+        if not isinstance(m, nn.Linear): continue
+        m.register_forward_pre_hook(lambda m, x: (to_half(x[0]),))
+        if name.endswith(('k_proj', 'v_proj')): m.register_forward_hook(lambda m, x, y: to_half(y))
+    return torch.cat([logit_differences(model, other, o)['kl'] for o in ids]).mean().item()
+
+def allowed(kl:float|None, # Largest mean KL allowed, nats per token
+    diffs:list[dict], # From `compare_logits`, one for each text
+    model:PreTrainedModel, # In memory, as it was exported
+    ids:list, # Token ids of the same texts
+)->float|None: # `kl`, or twice the floor of this model where that is more; measured only where `kl` is passed
+    "The bound for `judge`"
+    return kl if kl is None or torch.cat([d['kl'] for d in diffs]).mean()<=kl else max(kl, 2*rounding_floor(model, ids))
+
+# %% ../nbs/05_export.ipynb #6a11e005
+@torch.no_grad()
+def continue_greedily(model:PreTrainedModel, # In memory
+    ids:list[int], # Of the prompt
+    n:int=16, # Tokens to add
+)->list[int]: # The new ids
+    "What the model in memory would say, its end token not heeded"
+    res,x,past = [],torch.tensor([ids], device=model.device),None
+    with eval_mode(model):
+        for _ in range(n):
+            out = model(x, past_key_values=past, use_cache=True)
+            x,past = out.logits[:,-1:].argmax(-1),out.past_key_values
+            res.append(x.item())
     return res
 
 # %% ../nbs/05_export.ipynb #ab48fd5f
@@ -210,14 +250,17 @@ def check_parity(model:PreTrainedModel, # In memory, as it was exported
     path:str|Path, # The export
     texts:list, # Strings, or lists of token ids
     tokenizer:PreTrainedTokenizerBase, # In memory, as it was exported
-    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse nothing
+    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse no number
     margin:float=0.02, # Difference of the first two logits above which the favourite token must be the same
-)->dict: # `tokens`, `max_abs`, `kl` (mean), `other`, `argmax_equal`, `ids_equal`, `chat_template_equal`, `bos`
+)->dict: # `tokens`, `max_abs`, `kl` (mean), `other`, `argmax_equal`, `ids_equal`, `chat_template_equal`, `bos`, and `same_text`: share of texts with the same greedy continuation of 16 tokens
     "Is the folder the model? Raises `ValueError` with what differs"
     equal = tokenizer_differences(tokenizer, AutoTokenizer.from_pretrained(path), [t for t in texts if isinstance(t, str)])
     other = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
-    diffs = [logit_differences(model, other, tokenizer(t).input_ids if isinstance(t, str) else t) for t in texts]
-    return judge(Path(path).name, diffs, kl, margin, **equal)
+    rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
+    diffs = [logit_differences(model, other, o) for o in rows]
+    res = judge(Path(path).name, diffs, allowed(kl, diffs, model, rows), margin, **equal)
+    same = [continue_greedily(model, o)==continue_greedily(other, o) for o in rows]
+    return dict(res, same_text=sum(same)/len(same))
 
 # %% ../nbs/05_export.ipynb #c6534b5c
 @torch.no_grad()
@@ -233,6 +276,37 @@ def answer(path:str|Path, # An export, or any other Hugging Face folder
     x = tok([say(p) for p in prompts], padding=True, add_special_tokens=not chat, return_tensors='pt').to(model.device)
     out = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
     return tok.batch_decode(out[:,x['input_ids'].shape[1]:], skip_special_tokens=True)
+
+# %% ../nbs/05_export.ipynb #6a11e009
+def export_adapter(student:PeftModel, # With the adapter; not changed
+    tokenizer:PreTrainedTokenizerBase, # Its tokenizer, with the chat template
+    path:str|Path, # Folder to make; an earlier export there is replaced
+    base:str, # Where others find the model that the adapter belongs to: a name on the hub, or a path
+    card:str=None, # Text of the model card, from `model_card`; default: only how to use it
+)->Path: # The folder
+    "Write an adapter as `peft` does, with tokenizer and card; it appears whole or not at all"
+    if not isinstance(student, PeftModel): raise ValueError(f'{type(student).__name__} has no adapter: export_safetensors writes it whole')
+    with whole_folder(path) as new:
+        for o in (student, tokenizer): o.save_pretrained(new)
+        c = new/'adapter_config.json'
+        c.write_text(json.dumps(json.loads(c.read_text(encoding='utf-8')) | dict(base_model_name_or_path=str(base)), indent=2), encoding='utf-8')
+        (new/'README.md').write_text(card or model_card(base_model=str(base)), encoding='utf-8')
+    return Path(path)
+
+# %% ../nbs/05_export.ipynb #6a11e00d
+def push_to_hub(folder:str|Path, # From `export_safetensors`, `export_adapter` or `export_onnx`
+    repo_id:str, # Such as 'you/student'
+    private:bool=True, # A repository that is made now; one that exists stays as it is
+    token:str=None, # Of your account; default: that of `hf auth login`
+    message:str='Upload the student', # Of the commit
+)->str: # Where it is
+    "Send an export to the Hugging Face hub"
+    folder = Path(folder)
+    if not (folder/MARK).exists(): raise ValueError(f'{folder.name} is no export: export_safetensors makes one')
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message, ignore_patterns=[MARK])
+    return str(repo)
 
 # %% ../nbs/05_export.ipynb #f0cc8b47
 EXTRA = "install what the other formats need: pip install 'distill_nb[export]'"
@@ -372,7 +446,9 @@ class OnnxModel:
         threads:int=0, # CPU threads; default: onnxruntime's choice
     ):
         "Open the graph, with an empty cache of keys and values"
-        ort,c = importlib.import_module('onnxruntime'),AutoConfig.from_pretrained(path)
+        try: ort = importlib.import_module('onnxruntime')
+        except ImportError as e: raise ImportError(EXTRA) from e
+        c = AutoConfig.from_pretrained(path)
         opts = ort.SessionOptions()
         opts.intra_op_num_threads = threads
         self.session = ort.InferenceSession(str(Path(path)/'model.onnx'), opts, providers=['CPUExecutionProvider'])
@@ -403,35 +479,22 @@ def continue_onnx(graph:OnnxModel, # Opened
         z,past = graph(res[-1:], past)
     return res
 
-@torch.no_grad()
-def continue_greedily(model:PreTrainedModel, # In memory
-    ids:list[int], # Of the prompt
-    n:int=16, # Tokens to add
-)->list[int]: # The new ids
-    "What the model in memory would say, its end token not heeded"
-    res,x,past = [],torch.tensor([ids], device=model.device),None
-    with eval_mode(model):
-        for _ in range(n):
-            out = model(x, past_key_values=past, use_cache=True)
-            x,past = out.logits[:,-1:].argmax(-1),out.past_key_values
-            res.append(x.item())
-    return res
-
 # %% ../nbs/05_export.ipynb #442ba70d
 @torch.no_grad()
 def check_onnx(model:PreTrainedModel, # In memory, as it was exported
     path:str|Path, # From `export_onnx`
     texts:list, # Strings, or lists of at least two token ids
     tokenizer:PreTrainedTokenizerBase, # In memory, as it was exported
-    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse nothing
+    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse no number
     margin:float=0.02, # Difference of the first two logits above which the favourite token must be the same
-)->dict: # As `check_parity`, and `same_text`: share of texts with the same greedy continuation of 16 tokens
+)->dict: # As `check_parity`
     "Is the graph the model? Raises `ValueError` with what differs"
     equal = tokenizer_differences(tokenizer, AutoTokenizer.from_pretrained(path), [t for t in texts if isinstance(t, str)])
     graph,diffs,same = OnnxModel(path),[],[]
-    for ids in [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]:
+    rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
+    for ids in rows:
         a,past = graph(ids[:len(ids)//2])
         z = torch.cat([a, graph(ids[len(ids)//2:], past)[0]])
         with eval_mode(model): diffs.append(compare_logits(model(torch.tensor([ids], device=model.device)).logits[0].cpu(), z))
         same.append(continue_onnx(graph, ids)==continue_greedily(model, ids))
-    return dict(judge(Path(path).name, diffs, kl, margin, **equal), same_text=sum(same)/len(same))
+    return dict(judge(Path(path).name, diffs, allowed(kl, diffs, model, rows), margin, **equal), same_text=sum(same)/len(same))

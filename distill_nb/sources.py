@@ -83,21 +83,25 @@ def mix_rows(sources:dict[str, list], # Name to rows, from `load_rows`
     return res
 
 # %% ../nbs/00d_sources.ipynb #f66402d8
+def _words(prompt):
+    "Words of a string, or of a conversation without its system messages: those are the same for everybody"
+    text = prompt if isinstance(prompt, str) else '\n'.join(m['content'] for m in prompt if m['role']!='system')
+    return re.findall(r'\w+', text.lower())
+
 def _grams(words, n): return {tuple(words[i:i+n]) for i in range(len(words)-n+1)}
 
-def contamination(train:list[str], # Prompts that were trained on
-    evaluation:list[str], # Prompts of an evaluation set
+def contamination(train:list, # Prompts that were trained on: strings, or lists of messages
+    evaluation:list, # Prompts of an evaluation set; there may be none
     n:int=8, # Words in a row that may not be shared
 )->dict: # `n`, `prompts` (how many), `shared` (numbers of those that share), `share` (0 to 1)
     "Evaluation prompts that have `n` words in a row in common with a training prompt"
-    words = lambda o: re.findall(r'\w+', o.lower())
-    seen,texts = {},[words(o) for o in train]
+    seen,texts = {},[_words(o) for o in train]
     def _hit(w):
         k = min(n, len(w))
         if k not in seen: seen[k] = set().union(*[_grams(o, k) for o in texts])
-        return bool(_grams(w, k) & seen[k])
-    shared = [i for i,o in enumerate(evaluation) if _hit(words(o))]
-    return dict(n=n, prompts=len(evaluation), shared=shared, share=len(shared)/len(evaluation))
+        return k>0 and bool(_grams(w, k) & seen[k])
+    shared = [i for i,o in enumerate(evaluation) if _hit(_words(o))]
+    return dict(n=n, prompts=len(evaluation), shared=shared, share=len(shared)/max(len(evaluation), 1))
 
 # %% ../nbs/00d_sources.ipynb #f7629ea5
 def text_of(r:dict, # From `load_rows`
