@@ -7,10 +7,11 @@ Docs: https://example.org/distill_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['train_distillation', 'tail_at', 'teacher_target', 'Distiller', 'Stage', 'stage_at', 'lr_at', 'epoch_batches',
            'spike_bound', 'find_spikes', 'token_mean', 'KLMonitor', 'Recorder', 'engine', 'Callback', 'adamw',
-           'DistillTrainer', 'to_device', 'example_kls', 'Evaluate', 'held_out', 'EarlyStopping', 'KeepBest']
+           'DistillTrainer', 'to_device', 'example_kls', 'finite', 'kept_memory', 'plain_attention', 'Evaluate',
+           'held_out', 'EarlyStopping', 'KeepBest']
 
 # %% ../nbs/03_trainer.ipynb #f211071d
-import contextlib, functools, itertools, json, math, os
+import contextlib, ctypes, functools, itertools, json, math, os, random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -269,7 +270,9 @@ def judge(self:KLMonitor,
 )->str: # '' if in order, else 'not finite', 'example' or 'batch'
     "What is wrong with a step?"
     if not (math.isfinite(row['kl']) and math.isfinite(row['grad_norm'])): return 'not finite'
-    bound = spike_bound([r['kl'] for r in rows if not r.get('verdict')][-self.window:], self.k)
+    past = [r for r in rows if r.get('stage')==row.get('stage') and r.get('verdict')!='not finite']
+    odd = len(list(itertools.takewhile(lambda r: r.get('verdict'), reversed(past)))) # steps in a row that stood out
+    bound = spike_bound([r['kl'] for r in past if odd>=self.window or not r.get('verdict')][-self.window:], self.k)
     if row['kl']<=bound: return ''
     rest = sorted(row['examples'], key=lambda o: o[1])[:-1]
     return 'example' if rest and token_mean(rest)<=bound else 'batch'
@@ -315,7 +318,7 @@ def plot_kl(self:Recorder,
 
 # %% ../nbs/03_trainer.ipynb #c41bb657
 def engine(
-    mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
+    mixed_precision:str='no', # 'no', 'bf16', 'fp16' or 'fp8'
     device:str=None, # 'cpu' to stay there; default: the GPU if there is one
     unused:bool=False, # Do some parameters get no gradient at times?
 )->Accelerator: # Ready to prepare a model
@@ -324,6 +327,8 @@ def engine(
     cpu = device=='cpu' or parse_flag_from_env('ACCELERATE_USE_CPU')
     here = PartialState(cpu=cpu)
     if mixed_precision=='fp16' and here.device.type=='cpu': raise ValueError("mixed_precision is 'fp16' and there is no GPU: use 'bf16' or 'no'")
+    if mixed_precision=='fp8' and (here.device.type!='cuda' or torch.cuda.get_device_capability(here.device)<(8, 9)):
+        raise ValueError("mixed_precision is 'fp8', which needs a GPU of compute capability 8.9 or more (Ada, Hopper): use 'bf16' or 'no'")
     if int(os.environ.get('WORLD_SIZE', 1))>here.num_processes:
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the engine has one process: on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N")
     if parse_flag_from_env('ACCELERATE_USE_FSDP'): raise RuntimeError('FSDP was asked for, and this trainer does not shard: unset ACCELERATE_USE_FSDP')
@@ -370,7 +375,7 @@ class DistillTrainer:
         accum_steps:int=1, # Forward passes per optimizer step and process
         max_grad_norm:float=1., # The gradient is clipped to this norm
         weight_decay:float=.01, # Of matrices; vectors (norms, biases) do not decay
-        mixed_precision:str='no', # 'no', 'bf16', or 'fp16' with loss scaling: type of the products; weights stay as they are
+        mixed_precision:str='no', # 'no', 'bf16', 'fp16' with loss scaling, or 'fp8': type of the products; weights stay as they are
         activation_checkpointing:bool=False, # Recompute activations in the backward pass: less memory, a third more time
         device:str=None, # 'cpu' to stay there; default: the GPU if there is one
         seed:int=0, # Order of the data
@@ -383,7 +388,8 @@ class DistillTrainer:
         "Make the optimizer; nothing is moved or trained yet"
         self.distiller,self.cache,self.stages,self.out = distiller,cache,stages,Path(out)
         self.indices = list(range(len(cache))) if indices is None else list(indices)
-        self.batch_size,self.accum_steps,self.max_grad_norm,self.mixed_precision = batch_size,accum_steps,max_grad_norm,mixed_precision
+        self.batch_size,self.accum_steps,self.mixed_precision = batch_size,accum_steps,mixed_precision
+        self.max_grad_norm,self.weight_decay = max_grad_norm,weight_decay
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
         self.skipped,self.lr_scale,self.stop = 0,1.,False # a callback may set `stop`
@@ -454,7 +460,7 @@ def gradients(self:DistillTrainer,
     "Forward and backward over a window; what was seen there"
     acc,dist = self.accelerator,self.distiller
     dist.loss = stage.loss()
-    window = [self.cache.collate([self.cache[j] for j in b]) for b in self.window(step, acc.num_processes, acc.process_index)]
+    self.batches = window = [self.cache.collate([self.cache[j] for j in b]) for b in self.window(step, acc.num_processes, acc.process_index)]
     n = int(acc.reduce(torch.tensor(sum(int((b['labels']!=-100).sum()) for b in window), device=acc.device)))
     outs = []
     for b in window:
@@ -517,9 +523,18 @@ def one_step(self:DistillTrainer,
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed"
-    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'seed', 'mixed_precision', 'ema')}
-    shapes = {n: list(p.shape) for n,p in self.names.items()}
-    return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, shapes=shapes) | numbers)
+    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'seed', 'mixed_precision', 'ema')}
+    procs,shapes = self.accelerator.num_processes,{n: list(p.shape) for n,p in self.names.items()}
+    return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, processes=procs, shapes=shapes) | numbers)
+
+# %% ../nbs/03_trainer.ipynb #0f10277d
+@patch
+def forget(self:DistillTrainer,
+    paths:list[Path], # As `checkpoints` gives them
+):
+    "Remove checkpoints, the sidecar first: what is left of one that was half removed does not count"
+    for p in paths:
+        for o in (p.with_suffix('.json'), p): o.unlink(missing_ok=True)
 
 # %% ../nbs/03_trainer.ipynb #47912953
 @patch
@@ -531,11 +546,10 @@ def save(self:DistillTrainer,
     scaler = self.accelerator.scaler
     for n,p in self.names.items(): t.update({f'{k}.{n}': v for k,v in self.opt.state[p].items()})
     meta = dict(step=step, balance=self.distiller.balance, lr_scale=self.lr_scale, settings=self.settings_sha256(), rows=self.recorder.rows,
-        scaler=scaler.state_dict() if scaler else None)
-    save_tensors({**t, 'rng': torch.get_rng_state()}, self.out/f'checkpoint-{step:06d}.safetensors', meta)
-    for p in self.checkpoints()[2:]:
-        p.with_suffix('.json').unlink(missing_ok=True)
-        p.unlink(missing_ok=True)
+        scaler=scaler.state_dict() if scaler else None, random=random.getstate())
+    rng = {'rng': torch.get_rng_state()} | {f'rng.{i}': o for i,o in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}
+    save_tensors(t | rng, self.out/f'checkpoint-{step:06d}.safetensors', meta)
+    self.forget(self.checkpoints()[2:])
 
 # %% ../nbs/03_trainer.ipynb #d204edb9
 @patch
@@ -558,13 +572,24 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
             for n,a in self.averages.items(): a.copy_(t[f'ema.{n}'])
         self.opt.state.clear()
         for n,q in self.names.items():
-            state = {k: t[f'{k}.{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq') if f'{k}.{n}' in t}
-            if state: self.opt.state[q] = {k: v if k=='step' else v.to(q.device) for k,v in state.items()}
+            state = {k: t[f'{k}.{n}'].to(q.device) for k in ('step', 'exp_avg', 'exp_avg_sq') if f'{k}.{n}' in t}
+            if state: self.opt.state[q] = state
         torch.set_rng_state(t['rng'])
+        for i in range(torch.cuda.device_count()): torch.cuda.set_rng_state(t.get(f'rng.{i}', torch.cuda.get_rng_state(i)), i)
+        version,inner,gauss = meta['random']
+        random.setstate((version, tuple(inner), gauss))
         if self.accelerator.scaler: self.accelerator.scaler.load_state_dict(meta['scaler'])
         self.distiller.balance,self.recorder.rows,self.lr_scale = meta['balance'],meta['rows'],meta['lr_scale']
         return meta['step']
     return 0
+
+# %% ../nbs/03_trainer.ipynb #32f52398
+def finite(o, # Numbers, in lists and dictionaries
+): # The same, with None for what is not finite
+    "What JSON can hold"
+    if isinstance(o, dict): return {k: finite(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [finite(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../nbs/03_trainer.ipynb #39c924a4
 @patch
@@ -573,9 +598,17 @@ def write_history(self:DistillTrainer,
 ):
     "Keep `history.jsonl` in step with the record"
     if not self.accelerator.is_main_process: return
-    path,line = self.out/'history.jsonl',lambda r: json.dumps(r)+'\n'
+    path,line = self.out/'history.jsonl',lambda r: json.dumps(finite(r), allow_nan=False)+'\n'
     if row is None: return replace_file(path, lambda p: p.write_text(''.join(map(line, self.recorder.rows))))
     with open(path, 'a') as f: f.write(line(row))
+
+# %% ../nbs/03_trainer.ipynb #4e72a2a5
+@patch
+def save_batches(self:DistillTrainer)->Path: # The file; tensor `0.labels` is `labels` of the window's first batch
+    "Keep the batches of the last window of this process"
+    path = self.out/f'bad-batches-{self.accelerator.process_index}.safetensors'
+    save_tensors({f'{i}.{k}': v for i,b in enumerate(self.batches) for k,v in b.items() if isinstance(v, Tensor)}, path)
+    return path
 
 # %% ../nbs/03_trainer.ipynb #77f623b2
 @patch
@@ -585,7 +618,8 @@ def react(self:DistillTrainer,
     "Do what the monitor's policy says"
     worst = [i for i,*_ in sorted(row['examples'], key=lambda o: -o[1])[:3]]
     print(f"step {row['step']}: KL {row['kl']:.3g}, {row['verdict']}; examples {worst}: {self.monitor.policy}")
-    if self.skipped>=(16 if self.accelerator.scaler else 3): raise FloatingPointError(f'gradients were not finite {self.skipped} times in a row up to step {row["step"]}: lower the learning rate (now {row["lr"]:.1g})')
+    if self.skipped>=(16 if self.accelerator.scaler else 3):
+        raise FloatingPointError(f'gradients were not finite {self.skipped} times in a row up to step {row["step"]}: lower the learning rate (now {row["lr"]:.1g}), or look at the batches in {self.save_batches()}')
     if self.monitor.policy=='stop': self.stop = True
     if self.monitor.policy!='rollback': return row['step']+1
     scale = self.lr_scale*self.monitor.shrink
@@ -621,11 +655,47 @@ def begin(self:DistillTrainer,
     self.accelerator = acc = engine(self.mixed_precision, self.device, any(s.unfreeze for s in self.stages))
     self.out.mkdir(parents=True, exist_ok=True)
     self.distiller.to(acc.device).train()
-    self.averages = {n: p.detach().clone() for n,p in self.names.items()} if self.ema else {}
+    self.averages,self.stop = {n: p.detach().clone() for n,p in self.names.items()} if self.ema else {},False
+    if not resume and acc.is_main_process: self.forget(self.checkpoints())
     step = self.restore() if resume else 0
     self.write_history()
     self.model = acc.prepare(self.distiller)
     return step
+
+# %% ../nbs/03_trainer.ipynb #f99dbfed
+@contextlib.contextmanager
+def kept_memory():
+    "Inside, freed memory stays with the process (where its allocator is glibc's)"
+    libc = ctypes.CDLL(None) if os.name=='posix' else None
+    if not hasattr(libc, 'mallopt'): return (yield)
+    def _set(trim, mmap): return libc.mallopt(-1, trim), libc.mallopt(-4, mmap) # M_TRIM_THRESHOLD, M_MMAP_MAX
+    _set(2**31-1, 0)
+    try: yield
+    finally:
+        _set(2**17, 2**16) # glibc's defaults
+        libc.malloc_trim(0)
+
+# %% ../nbs/03_trainer.ipynb #ad21c81a
+@contextlib.contextmanager
+def plain_attention(model:PreTrainedModel, # With transformers' attention 'sdpa'; others are left alone
+    on:bool=True, # Do it?
+):
+    "Inside, attention is a product, a softmax and a product, in memory that grows with the square of the length"
+    was = model.config._attn_implementation
+    on = on and was=='sdpa'
+    if on: model.set_attn_implementation('eager')
+    try: yield
+    finally:
+        if on: model.set_attn_implementation(was)
+
+# %% ../nbs/03_trainer.ipynb #23d961c5
+@patch
+@contextlib.contextmanager
+def quick(self:DistillTrainer):
+    "What makes steps on a CPU faster, and is undone afterwards"
+    cpu = self.accelerator.device.type=='cpu'
+    short = self.mixed_precision=='bf16' and max(self.cache.lengths())<=256
+    with kept_memory() if cpu else contextlib.nullcontext(), plain_attention(self.distiller.student, cpu and short): yield
 
 # %% ../nbs/03_trainer.ipynb #936264bf
 @patch
@@ -636,10 +706,11 @@ def fit(self:DistillTrainer,
     step = self.begin(resume)
     acc = self.accelerator
     self.event('before_fit')
-    done = step and (step==self.total or self.recorder.rows[-1].get('stopped'))
+    last = self.recorder.rows[-1] if step else {}
+    done = step and (step==self.total or last.get('stopped') and not (last['verdict'] and self.monitor.policy!='stop'))
     if step and acc.is_main_process: print(f'{self.out.name}: done already, {step} steps' if done else f'{self.out.name}: resuming after step {step} of {self.total}')
     if self.monitor.policy=='rollback' and not step: self.save(0)
-    with tqdm(initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training') as bar:
+    with self.quick(), tqdm(initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training') as bar:
         while step<self.total and not (done or self.stop):
             step = self.advance(step)
             bar.update(step-bar.n)
@@ -681,35 +752,37 @@ def held_out(distiller:Distiller, # Whose student is judged
 
 # %% ../nbs/03_trainer.ipynb #20e08203
 class EarlyStopping(Callback):
-    "Stop when a number of the record has not fallen for some measurements"
+    "Stop when a number of the record has not got better for some measurements"
     def __init__(self,
-        patience:int=3, # Measurements without a new least value
-        key:str='heldout_kl', # Of the record; less is better
+        patience:int=3, # Measurements without a new best
+        key:str='heldout_kl', # Of the record
+        greater_is_better:bool=False, # As for an accuracy?
     ):
         "Keep the settings"
-        self.patience,self.key = patience,key
+        self.patience,self.key,self.sign = patience,key,-1 if greater_is_better else 1
 
     def after_step(self,
         tr, # The `DistillTrainer`
     ):
         "Stop when it is time"
-        past = [r[self.key] for r in tr.recorder.rows if self.key in r]
+        past = [self.sign*r[self.key] for r in tr.recorder.rows if self.key in r]
         if past and len(past)-1-past.index(min(past))>=self.patience: tr.stop = True
 
 # %% ../nbs/03_trainer.ipynb #2c6bdc9d
 class KeepBest(Callback):
-    "Keep the weights with the least value of a number, and end with them"
+    "Keep the weights with the best value of a number, and end with them"
     def __init__(self,
         key:str='heldout_kl', # Of the record
+        greater_is_better:bool=False, # As for an accuracy?
     ):
         "Keep the settings"
-        self.key = key
+        self.key,self.sign = key,-1 if greater_is_better else 1
 
     def after_step(self,
         tr, # The `DistillTrainer`
     ):
-        "Save them when there is a new least value"
-        past = [r[self.key] for r in tr.recorder.rows if self.key in r]
+        "Save them when there is a new best"
+        past = [self.sign*r[self.key] for r in tr.recorder.rows if self.key in r]
         if self.key in tr.recorder.rows[-1] and past[-1]==min(past) and tr.accelerator.is_main_process: save_tensors(tr.names, tr.out/'best.safetensors')
 
     def after_fit(self,
