@@ -538,15 +538,22 @@ def _check_finite(exs, rows, start, hs):
     k = int((ends<=int(bad.nonzero()[0])).sum())
     raise CacheError(f"the teacher's hidden states are not finite for prompt {start+k}, {rows[k]['prompt'][:80]!r}: remove it, or use a wider dtype for the teacher")
 
-def _written(teacher, rows, i, g, batch_size):
+# %% ../nbs/00c_cache.ipynb #8accd571
+def _written(teacher, rows, i, m, batch_size):
     "The responses of shard `i`, and what passed the head's door meanwhile"
+    g = m['generation']
     args = g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size
-    return teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True)
+    return teacher.generate([r['prompt'] for r in rows], *args, progress=False, capture=True, layers=m['layers'])
 
+def _heard(exs, layers):
+    "What `score_rows` gives, of examples that were captured while they were written"
+    return torch.cat([e['hidden'] for e in exs]),{k: torch.cat([e['layers'][k] for e in exs]) for k in layers}
+
+# %% ../nbs/00c_cache.ipynb #cc9f05a9
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write or read, score and store shard `i`; shard 0 also calibrates and stores the codec"
-    exs = read_rows(teacher, rows) if m.get('responses')=='given' else _written(teacher, rows, i, m['generation'], batch_size)
-    h,extra = (torch.cat([e['hidden'] for e in exs]), {}) if 'hidden' in exs[0] and not m['layers'] else score_rows(teacher, exs, m['layers'])
+    exs = read_rows(teacher, rows) if m.get('responses')=='given' else _written(teacher, rows, i, m, batch_size)
+    h,extra = _heard(exs, m['layers']) if 'hidden' in exs[0] else score_rows(teacher, exs, m['layers'])
     _check_finite(exs, rows, _starts(m['shards'])[i], [h, *extra.values()])
     if i==0: _save_codec(teacher, exs[0], h, path, m)
     if (job := this_job()).rank: _wait(path, job, lambda: [] if _done(path/'codec.safetensors') else [0])
