@@ -1,0 +1,50 @@
+"The loop that writes responses, on tiny random models of many families: the tokens of `generate`, and the states of one forward pass over the finished text"
+import pytest, torch
+from test_faults import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill_nb.synthesis import TeacherSynthesizer, pad, trim
+
+torch.set_num_threads(1)
+BASE = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=96, initializer_range=.3, pad_token_id=0, bos_token_id=None, eos_token_id=0)
+WINDOW = dict(sliding_window=8, layer_types=['sliding_attention', 'full_attention'])
+FAMILIES = dict(llama={}, qwen3={}, mistral=dict(sliding_window=8), phi3={}, gemma2=dict(final_logit_softcapping=5., **WINDOW), gemma3_text=WINDOW, gpt2={},
+    gpt_neox={}, granite=dict(logits_scaling=6.), cohere=dict(logit_scale=.25), opt=dict(ffn_dim=48, word_embed_proj_dim=32))
+
+def family(kind, attention='eager'):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **FAMILIES[kind]}), attn_implementation=attention)
+    return TeacherSynthesizer(model, tokenizer=tiny_tokenizer(), device='cpu')
+
+def prompts():
+    g = torch.Generator().manual_seed(0)
+    some = [[9, 8, 7]+torch.randint(1, 259, (n,), generator=g).tolist() for n in (20, 1, 7, 7, 12)]
+    return some+some[2:3]
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_same_tokens_as_generate(kind):
+    t,ids = family(kind),prompts()
+    x,mask = pad(ids, 0, left=True)
+    first = t.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0)[:,x.shape[1]:]
+    end = first[1,5].item()
+    t.model.generation_config.eos_token_id = end
+    exs = t.generate(ids, max_new_tokens=24, temperature=0, batch_size=8, progress=False, capture=True, layers=(1,))
+    assert [e['input_ids'][e['prompt_len']:] for e in exs]==[trim(o, {end}) for o in first.tolist()]
+    assert min(len(e['hidden']) for e in exs)<24
+    for e in exs:
+        s = t.score(torch.tensor([e['input_ids']]), layers=(1,))
+        for ours,theirs in ((e['hidden'], s['head_input']), (e['layers'][1], s['hidden_states'][1])):
+            theirs = theirs[0, e['prompt_len']-1:-1]
+            assert ours.shape==theirs.shape and (ours-theirs).abs().max()<1e-3
+
+def test_a_row_has_its_own_luck():
+    "A row is drawn alike whether its company is done early or never"
+    t,ids = family('llama', 'sdpa'),prompts()
+    def write(end):
+        t.model.generation_config.eos_token_id = end
+        return [e['input_ids'] for e in t.generate(ids, max_new_tokens=12, temperature=1., seed=3, progress=False)]
+    whole = write(-1)
+    some = write(whole[1][len(ids[1])+2])
+    assert whole==write(-1) and len(some[1])==len(ids[1])+3 and {len(a)-len(b) for a,b in zip(whole, ids)}=={12}
+    assert all(a==b[:len(a)] for a,b in zip(some, whole))
