@@ -7,11 +7,11 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
            'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'GrowingLayer', 'shared',
-           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'head_of', 'eager_attention', 'weights_sha256',
-           'tokenizer_sha256', 'config_sha256']
+           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'head_of', 'eager_attention', 'attention_of',
+           'check_eager', 'inside', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #1860475f
-import contextlib, hashlib, json, os, random, shutil, subprocess, sys, tempfile, time, zipfile
+import contextlib, hashlib, json, os, random, re, shutil, subprocess, sys, tempfile, time, zipfile
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -484,6 +484,63 @@ def score(self:TeacherSynthesizer,
     if attentions: res['attentions'] = out.attentions
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
+
+# %% ../nbs/00_synthesis.ipynb #044cfd14
+def attention_of(model:PreTrainedModel, # A decoder
+    block:int, # Counted from 0, or from the end
+)->nn.Module: # The module that forms the attention of that block
+    "The attention module of a block"
+    n = model.config.get_text_config().num_hidden_layers
+    if not -n<=block<n: raise ValueError(f'there is no block {block}: this model has {n}, from 0 to {n-1}')
+    found = [m for k,m in model.named_modules() if re.search(rf'\.{block%n}\.(self_attn|attn|attention)$', k)]
+    if len(found)!=1: raise ValueError(f'{type(model).__name__} has {len(found)} attention modules in block {block}, expected one')
+    return found[0]
+
+# %% ../nbs/00_synthesis.ipynb #0030ce3d
+def check_eager(model:PreTrainedModel, # A causal language model
+):
+    "ValueError where `model` cannot show its attention maps"
+    how = model.config._attn_implementation
+    if how!='eager': raise ValueError(f"this model runs {how!r} attention, which forms no maps: load it with attn_implementation='eager', "
+        "or call model.set_attn_implementation('eager')")
+
+# %% ../nbs/00_synthesis.ipynb #dcea69e0
+def _cut_qkv(attn, name, y):
+    "`q`, `k` and `v` from the output `y (B,L,D)` of a fused projection"
+    if name=='c_attn': return y.chunk(3, -1)
+    if name=='qkv_proj':
+        kv = attn.num_key_value_heads*attn.head_dim
+        return y.split([y.shape[-1]-2*kv, kv, kv], -1)
+    return [o.flatten(-2) for o in y.unflatten(-1, (attn.config.num_attention_heads, 3, -1)).unbind(-2)]
+
+def _projections(attn):
+    "Name and module of what makes queries, keys and values"
+    own = {o: m for o in ('q_proj', 'k_proj', 'v_proj') if (m := getattr(attn, o, None)) is not None}
+    fused = {o: m for o in ('qkv_proj', 'c_attn', 'query_key_value') if (m := getattr(attn, o, None)) is not None}
+    if len(own)==3: return own
+    if len(fused)!=1 or 'query_key_value' in fused and attn.config.model_type!='gpt_neox':
+        raise ValueError(f'{type(attn).__name__}: no known projection of queries, keys and values: use attention maps for this model')
+    return fused
+
+# %% ../nbs/00_synthesis.ipynb #a6bd13c8
+@contextlib.contextmanager
+def inside(model:PreTrainedModel, # A causal language model
+    attention:tuple=(), # Blocks whose maps to keep, counted from 0
+    relations:int=None, # Block whose queries, keys and values to keep
+): # Yields a dict that a forward pass fills: `attention.K (B,L,L)`, the mean over heads, and `q`, `k`, `v`, `(B,L,width)` each
+    "Listen inside the attention of some blocks"
+    if attention: check_eager(model)
+    seen,hooks = {},[]
+    for b in attention:
+        hear = lambda _, args, y, b=b: seen.update({f'attention.{b}': y[1].float().mean(1)})
+        hooks.append(attention_of(model, b).register_forward_hook(hear))
+    attn = None if relations is None else attention_of(model, relations)
+    for name,m in _projections(attn).items() if attn else ():
+        take = lambda _, args, y, name=name: seen.update({name[0]: y} if name[1]=='_' and name!='c_attn' else dict(zip('qkv', _cut_qkv(attn, name, y))))
+        hooks.append(m.register_forward_hook(take))
+    try: yield seen
+    finally:
+        for o in hooks: o.remove()
 
 # %% ../nbs/00_synthesis.ipynb #919d1c1a
 @patch
