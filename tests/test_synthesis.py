@@ -3,7 +3,9 @@ import pytest, torch
 from test_faults import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_nb.synthesis import TeacherSynthesizer, pad, trim
+from distill_nb.cache import build_cache
+from distill_nb.relations import attention_loss, relation_loss
+from distill_nb.synthesis import TeacherSynthesizer, attention_of, inside, pad, trim
 
 torch.set_num_threads(1)
 BASE = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -48,3 +50,37 @@ def test_a_row_has_its_own_luck():
     some = write(whole[1][len(ids[1])+2])
     assert whole==write(-1) and len(some[1])==len(ids[1])+3 and {len(a)-len(b) for a,b in zip(whole, ids)}=={12}
     assert all(a==b[:len(a)] for a,b in zip(some, whole))
+
+WIDTHS = {k: (32, 16, 16) for k in FAMILIES}|{k: (32, 32, 32) for k in ('gpt2', 'gpt_neox', 'opt')}
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_inside_of_every_family(kind):
+    "Queries, keys and values that, put through the family's own attention, are what the family makes of them; maps that are its own"
+    t,x = family(kind),torch.tensor([prompts()[0]])
+    with torch.no_grad(), inside(t.model, (0, -1), 1) as seen: maps = t.model(x, output_attentions=True).attentions
+    assert tuple(seen[k].shape[-1] for k in 'qkv')==WIDTHS[kind]
+    for k,i in ((0, 0), (-1, 1)): assert (seen[f'attention.{k}']-maps[i].mean(1)).abs().max()<1e-6
+    attn,got = attention_of(t.model, 1),{}
+    out = next(m for n,m in attn.named_children() if n in ('o_proj', 'out_proj', 'c_proj', 'dense'))
+    hook = out.register_forward_pre_hook(lambda _, args: got.update(y=args[0]))
+    with torch.no_grad(): t.model(x)
+    hook.remove()
+    v = seen['v'].view(*x.shape, -1, 8).transpose(1, 2)
+    y = (maps[1]@v.repeat_interleave(4//v.shape[1], 1)).transpose(1, 2).flatten(2)
+    assert (y-got['y'].view(y.shape)).abs().max()<1e-4
+
+def test_losses_from_the_cache(tmp_path):
+    "Relation and attention losses against what the cache holds are those against the teacher at hand, over response tokens"
+    t,s = family('qwen3'),family('llama')
+    c = build_cache(t, ['Say a.', 'Say b and c.', 'No.'], tmp_path/'c', max_new_tokens=9, temperature=1., attention=(1,), relations=1, progress=False)
+    b = c.collate([c[i] for i in range(3)])
+    pos = b['labels']!=-100
+    def hear(m):
+        with torch.no_grad(), inside(m.model, (1,), 1) as seen: m.model(b['input_ids'], attention_mask=b['attention_mask'])
+        return seen
+    own,student = hear(t),hear(s)
+    for k in 'qkv':
+        ours,theirs = (relation_loss(student[k], o, 2, pos) for o in (b['teacher_relations'][k].float(), own[k]))
+        assert ours.shape==pos.shape and theirs.sum()>.1 and (ours-theirs).abs().max()<2e-2*theirs.max()
+    ours,theirs = (attention_loss(student['attention.1'], o)[pos] for o in (b['teacher_attention'][1], own['attention.1']))
+    assert theirs.mean()>1e-2 and (ours-theirs).abs().max()<1e-2*theirs.max()
