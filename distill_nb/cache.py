@@ -284,7 +284,7 @@ def own_kl(teacher:TeacherSynthesizer, # Who is asked
     said:list[Tensor], # Of each, what is held of it: `(R,d)` inputs of the head, or `(R,V)` logits
 )->float: # KL(the model's own logits || those made from `said`) over response tokens, nats per token
     "What the model says itself, against what is held of it"
-    x,mask = (o.to(teacher.model.device) for o in pad([e['input_ids'] for e in exs]))
+    x,mask = (o.to(teacher.device) for o in pad([e['input_ids'] for e in exs]))
     own,head = teacher.model(input_ids=x, attention_mask=mask).logits,head_of(teacher.model)
     kl = [kl_nats(_cut(z, e, False), h if h.shape[-1]==z.shape[-1] else head(h.to(z.device))) for z,e,h in zip(own, exs, said)]
     return torch.cat(kl).mean().item()

@@ -7,8 +7,8 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
            'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'GrowingLayer', 'shared',
-           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'head_of', 'eager_attention', 'attention_of',
-           'check_eager', 'inside', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
+           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'here', 'head_of', 'eager_attention',
+           'attention_of', 'check_eager', 'inside', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #1860475f
 import contextlib, hashlib, json, os, random, re, shutil, subprocess, sys, tempfile, time, zipfile
@@ -111,18 +111,23 @@ class TeacherSynthesizer:
         dtype:torch.dtype=None, # Weights' type; default: as they are stored
         revision:str=None, # Branch, tag or commit on the hub
         gguf_file:str=None, # Name of a GGUF file in the folder, which is dequantised
-        **kwargs # To `from_pretrained`: `device_map`, `quantization_config`, `trust_remote_code` (False unless given)
+        **kwargs # To `from_pretrained`: `device_map`, `max_memory`, `offload_folder`, `quantization_config`, `trust_remote_code` (False unless given)
     ):
         "Load, and freeze"
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
         kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
-        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
+        self._device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
             _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
-        if 'device_map' not in kwargs: self.model.to(self.device)
+        if 'device_map' not in kwargs: self.model.to(self._device)
         self.model.eval().requires_grad_(False)
+
+    @property
+    def device(self)->torch.device: # That of the model; where its weights are nowhere until they are needed, the one that computes
+        "Where ids go in"
+        return self._device if self.model.device.type=='meta' else self.model.device
 
 # %% ../nbs/00_synthesis.ipynb #67a433df
 def fast_dtype(device:str|torch.device='cpu', # Where the product is done
@@ -292,7 +297,7 @@ def by_tokens(lens:list[int], # Tokens of each sequence
 @patch
 def _ahead(self:TeacherSynthesizer, x, at, layers, **kw):
     "Logits `(B,V)` at position `at` of each row of `x`, and what was there: the head's input and the states of `layers`, `(B,d)` each"
-    x = x.to(self.model.device)
+    x = x.to(self.device)
     with head_input(self.model, at=at) as h: out = self.model(x, output_hidden_states=bool(layers), **kw)
     b = torch.arange(len(x))
     return out.logits[:,0],[h[0][:,0], *(out.hidden_states[k][b, at.cpu()] for k in layers)]
@@ -303,7 +308,7 @@ def _take_in(self:TeacherSynthesizer, ids, layers):
     "Prompts read in groups: yields their numbers, what `_ahead` gave, and the keys and values of each layer"
     n,first = shared(ids),DynamicCache()
     if n:
-        with head_input(self.model, skip=True): self.model(torch.tensor([ids[0][:n]]).to(self.model.device), past_key_values=first)
+        with head_input(self.model, skip=True): self.model(torch.tensor([ids[0][:n]]).to(self.device), past_key_values=first)
     for group in by_tokens([len(o)-n for o in ids]):
         cache = DynamicCache()
         for i,l in enumerate(first.layers): cache.update(*(o.expand(len(group), -1, -1, -1) for o in (l.keys, l.values)), i)
@@ -353,7 +358,7 @@ def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, lay
             t,rows,mask = t[go],rows[go],mask[go]
             cache.batch_select_indices(go)
         mask,at = F.pad(mask, (0, 1), value=1),(lens[rows]+i)[:,None]
-        kw = {k: v.to(self.model.device) for k,v in dict(attention_mask=mask, position_ids=at).items()}
+        kw = {k: v.to(self.device) for k,v in dict(attention_mask=mask, position_ids=at).items()}
         z,hs = self._ahead(t[:,None], 0*t, layers, past_key_values=cache, **kw)
 
 # %% ../nbs/00_synthesis.ipynb #b1803240
@@ -444,12 +449,23 @@ class Head(NamedTuple):
         z = nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         return z if self.softcap is None else self.softcap*(z/self.softcap).tanh()
 
+# %% ../nbs/00_synthesis.ipynb #af95447a
+def here(module:nn.Module, # The module that owns it
+    name:str, # Of a parameter or buffer
+)->Tensor: # Itself, or a copy read from where it was put away
+    "A weight, wherever it is"
+    w = getattr(module, name)
+    if w.device.type!='meta': return w
+    hook = getattr(module, '_hf_hook', None)
+    if getattr(hook, 'weights_map', None) is None: raise ValueError(f'{type(module).__name__}.{name} has no numbers: load the model with its weights')
+    return hook.weights_map[name]
+
 # %% ../nbs/00_synthesis.ipynb #cc733253
 def head_of(model:PreTrainedModel, # A causal language model
 )->Head: # Detached; shares storage with the model unless there is a constant to fold in
     "The output head of `model`, with what comes after it"
     m,c = model.get_output_embeddings(),model.config.get_text_config()
-    w,b = m.weight.detach(),getattr(m, 'bias', None)
+    w,b = here(m, 'weight').detach(),None if getattr(m, 'bias', None) is None else here(m, 'bias')
     scale,cap = getattr(c, 'logit_scale', 1.)/getattr(c, 'logits_scaling', 1.),getattr(c, 'final_logit_softcapping', None)
     b = None if b is None else b.detach()
     if scale!=1: w,b = w.float()*scale,None if b is None else b.float()*scale
@@ -475,7 +491,7 @@ def score(self:TeacherSynthesizer,
     logits:bool=False, # Return logits too?
 )->dict: # `head_input (B,L,d)`, `hidden_states {i: (B,L,d)}`, and on request `attentions` (a tuple of `(B,heads,L,L)`), `logits (B,L,V)` fp32
     "One teacher-forced forward pass"
-    dev,mask = self.model.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    dev,mask = self.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
     kw = dict(use_cache=False, output_hidden_states=bool(layers), output_attentions=attentions)
     with head_input(self.model, skip=True) as h, (eager_attention(self.model) if attentions else contextlib.nullcontext()):
         out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw)
@@ -568,6 +584,7 @@ def weights_sha256(model:nn.Module, # Any module
     "Hash of a model's weights"
     h = hashlib.sha256()
     for k,v in sorted(model.state_dict().items()):
+        if v.device.type=='meta': v = here(model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2])
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

@@ -1,6 +1,6 @@
 "The loop that writes responses, on tiny random models of many families: the tokens of `generate`, and the states of one forward pass over the finished text"
 import pytest, torch
-from test_faults import tiny_tokenizer
+from test_faults import tiny_tokenizer, tree
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_nb.cache import build_cache
@@ -84,3 +84,21 @@ def test_losses_from_the_cache(tmp_path):
         assert ours.shape==pos.shape and theirs.sum()>.1 and (ours-theirs).abs().max()<2e-2*theirs.max()
     ours,theirs = (attention_loss(student['attention.1'], o)[pos] for o in (b['teacher_attention'][1], own['attention.1']))
     assert theirs.mean()>1e-2 and (ours-theirs).abs().max()<1e-2*theirs.max()
+
+def test_a_teacher_on_disk_makes_the_same_cache(tmp_path):
+    "Weights read again at each pass, and far fewer passes where batches are packed by tokens"
+    near = family('llama', 'sdpa')
+    near.model.save_pretrained(tmp_path/'model')
+    kw = dict(dtype=torch.float32, tokenizer=near.tokenizer, device='cpu', attn_implementation='sdpa')
+    away = TeacherSynthesizer(tmp_path/'model', device_map='auto', max_memory=dict(cpu='1KB'), offload_folder=tmp_path/'off', **kw)
+    near = TeacherSynthesizer(tmp_path/'model', **kw)
+    assert {p.device.type for p in away.model.parameters()}=={'meta'} and {p.device.type for p in near.model.parameters()}=={'cpu'}
+    rows,passes = [dict(prompt=f'Say {c}.', response=c*9) for c in 'abcdefgh'],[]
+    hook = away.model.model.layers[0].register_forward_pre_hook(lambda *a: passes.append(1))
+    for tokens in (20, 4096):
+        n,how = len(passes),dict(shard_size=8, score_tokens=tokens, dtype='int8', layers=(1,), relations=0, progress=False)
+        for k,t in dict(away=away, near=near).items(): assert build_cache(t, rows, tmp_path/f'{k}{tokens}', **how).verify()==[]
+        assert tree(tmp_path/f'away{tokens}')==tree(tmp_path/f'near{tokens}')
+        passes[n:] = [len(passes)-n]
+    hook.remove()
+    assert passes==[8+3, 1+3]
