@@ -651,7 +651,7 @@ def build_cache(
     prompts, # `datasets.Dataset` or list of dicts with `prompt`, or list of strings; with a `response` in each, nothing is written
     path:str|Path, # Folder of the cache
     codec:str='hidden', # What is stored of a token: 'hidden' (numbers of `dtype`), 'transform' (hidden states to `nats`), or another of `CODECS`
-    dtype:str='bf16', # For 'hidden': 'bf16' (exact for a bf16 teacher) or 'int8' (half of it, about 1e-3 nats)
+    dtype:str='bf16', # For 'hidden': 'bf16' (exact for a bf16 teacher), 'fp16', 'fp8' or 'int8' (half of it, about 1e-3 nats)
     nats:float=1e-2, # For 'transform': KL(teacher || cache) at T=1 that is acceptable, nats per token
     layers:tuple=(), # More hidden states, in bf16: 0 is the embeddings, i the output of block i
     attention:tuple=(), # Blocks, counted from 0, whose attention maps to keep, the mean over heads in fp16; needs `attn_implementation='eager'`
