@@ -17,7 +17,7 @@ from distill_nb.sparse import Counts, fit_all
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, head_of, load_prompts, pad
 
 STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
-    *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', {}))
+    *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', dict(nbytes=36)))
 TS,SLICE = (1, 2, 4),512
 
 def asked(teacher, split, n, tokens):
@@ -102,7 +102,7 @@ def bars(res, added, ratio, speed):
         yield from ((f'transform 0.01 {name} nats above', l[0], 1.3e-2), (f'transform 0.01 {name} nats below', l[0], 0.7e-2, '>='))
         yield f'transform 0.01 {name} nats T=2 and 4', max(l[1:]), l[0]
     yield from (('topk 64 bytes', most('topk 64', 0), 208), ('topk 64 quantisation nats', added, 1e-4))
-    yield from (('sampled bytes', most('sampled', 0), 42), ('sampled noise ratio', ratio, .5))
+    yield from (('sampled bytes', most('sampled 36', 0), 42), ('sampled noise ratio', ratio, .5))
     yield 'topk 64 tokens/s', speed['topk 64'], 1e6, '>='
     yield 'transform 0.01 tokens/s', speed['transform 0.01 levels'], 3e5, '>='
     for k in ('bf16', 'int8'): yield f'{k} share of memcpy', speed[k]/speed['memcpy'], .5, '>='
@@ -140,7 +140,7 @@ def main():
         for k,(b,*l) in res[s].items(): print(f'| {s}, {len(x)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |', flush=True)
     exs,x = text['heldout']
     added = quantisation(fitted['topk 64'], fitted['topk 64'].encode(x, head), x, head)
-    n,ours,theirs = noise(fitted['sampled'], x, student_states(teacher, exs), head)
+    n,ours,theirs = noise(fitted['sampled 36'], x, student_states(teacher, exs), head)
     print(f'\nLoss noise on the teacher without six blocks: threshold sampling {ours:.3f} nats, {n} draws with replacement in the same bytes {theirs:.3f}.\n')
     speed = speeds(fitted, x, head, a.rows)
     print('| read | million tokens/s |\n|---|---|\n'+'\n'.join(f'| {k} | {v/1e6:.2f} |' for k,v in speed.items())+'\n')

@@ -22,7 +22,7 @@ from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .cache import (TeacherCache, as_rows, canonical, check_manifest, claim, load_manifest, make_manifest, replace_file, save_json,
+from .cache import (TeacherCache, as_rows, canonical, check_manifest, claim, in_terms_of, load_manifest, make_manifest, replace_file, save_json,
     save_tensors, save_tokenizer, sha256_json, shard_path)
 from .sparse import TopKCodec, high_bits, in_bytes, pack_ids
 from .synthesis import TeacherSynthesizer, tokenizer_sha256
@@ -242,7 +242,7 @@ def _plan(path, rows, tok, model, k, shard_size):
     how = dict(codec='topk', k=k, temperatures=[1.], layers=[], responses='given', generation={}, too_long='error', skipped=[])
     old = load_manifest(path) if (path/'manifest.json').exists() else None
     m = make_manifest(who, rows, shard_size, old['shards'] if old else (), **how)
-    if old: check_manifest(old, m, path, rows)
+    if old: check_manifest(old, m := in_terms_of(old, m), path, rows)
     else: save_tokenizer(tok, path)
     save_json(m, path/'manifest.json')
     return m

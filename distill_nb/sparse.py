@@ -374,7 +374,7 @@ def judge(fitted:dict, # Label to codec
     return [_row(k, sum(o.nbytes for o in stored[k].values())/len(h), s, len(h)) for k,s in sums.items()]
 
 # %% ../nbs/00b_sparse.ipynb #0d4ef556
-STORES = (('bf16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
+STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
     *(('topk', dict(k=o)) for o in (4, 16, 64, 256, 1024)), ('sampled', {}), ('full', {}))
 
 def fit_all(h:Tensor, # `(N,d)` hidden states to calibrate on

@@ -6,11 +6,12 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
-           'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'Draw', 'context_of', 'Head',
-           'head_of', 'eager_attention', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
+           'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'GrowingLayer', 'shared',
+           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'here', 'head_of', 'eager_attention',
+           'attention_of', 'check_eager', 'inside', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #1860475f
-import contextlib, hashlib, json, os, random, shutil, subprocess, sys, tempfile, time, zipfile
+import contextlib, hashlib, json, os, random, re, shutil, subprocess, sys, tempfile, time, zipfile
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,11 @@ from fastcore.basics import chunked, patch
 from filelock import FileLock
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import TopPLogitsWarper
 
 # %% ../nbs/00_synthesis.ipynb #864217f8
 def cache_home()->Path: # `$DISTILL_NB_HOME`, else `$XDG_CACHE_HOME/distill_nb`, else `~/.cache/distill_nb`
@@ -108,18 +111,23 @@ class TeacherSynthesizer:
         dtype:torch.dtype=None, # Weights' type; default: as they are stored
         revision:str=None, # Branch, tag or commit on the hub
         gguf_file:str=None, # Name of a GGUF file in the folder, which is dequantised
-        **kwargs # To `from_pretrained`: `device_map`, `quantization_config`, `trust_remote_code` (False unless given)
+        **kwargs # To `from_pretrained`: `device_map`, `max_memory`, `offload_folder`, `quantization_config`, `trust_remote_code` (False unless given)
     ):
         "Load, and freeze"
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
         kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
-        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
+        self._device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
             _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
-        if 'device_map' not in kwargs: self.model.to(self.device)
+        if 'device_map' not in kwargs: self.model.to(self._device)
         self.model.eval().requires_grad_(False)
+
+    @property
+    def device(self)->torch.device: # That of the model; where its weights are nowhere until they are needed, the one that computes
+        "Where ids go in"
+        return self._device if self.model.device.type=='meta' else self.model.device
 
 # %% ../nbs/00_synthesis.ipynb #67a433df
 def fast_dtype(device:str|torch.device='cpu', # Where the product is done
@@ -170,12 +178,14 @@ def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the trai
 @contextlib.contextmanager
 def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     skip:bool=False, # Give the head no rows, so that no logits are computed?
-): # Yields a list that receives the `(B,L,d)` input of the head at each forward pass
+    at:Tensor=None, # `(B,)`, the one position of each row that the head is given; default: all
+): # Yields a list that receives the input of the head at each forward pass, `(B,L,d)`, or `(B,1,d)` with `at`
     "Listen at the output head's door"
     seen = []
     def _hook(_, args):
-        seen.append(args[0])
-        return (args[0][:,:0],) if skip else None
+        h = args[0] if at is None else args[0][torch.arange(len(at)), at.cpu()][:,None]
+        seen.append(h)
+        return (h[:,:0] if skip else h,)
     handle = model.get_output_embeddings().register_forward_pre_hook(_hook)
     try: yield seen
     finally: handle.remove()
@@ -220,43 +230,160 @@ def seeded(*key): # Anything with a stable `repr`
 
 # %% ../nbs/00_synthesis.ipynb #bda146b1
 def draw(logits:Tensor, # `(B,V)`
-)->Tensor: # `(B,1)` ids
+    dart:Tensor, # `(B,1)` fp64, from 0 to 1
+)->Tensor: # `(B,)` ids
     "One draw from softmax(logits) for each row, at one random number a row"
-    ends = logits.double().softmax(-1).cumsum_(-1) # (B,V), where each stretch ends
-    dart = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device)*ends[:,-1:]
-    return torch.searchsorted(ends, dart, right=True).clamp_max(ends.shape[-1]-1)
+    p = F.pad(logits.softmax(-1), (0, -logits.shape[-1]%256)).unflatten(-1, (-1, 256)) # (B,blocks,256)
+    mass = p.sum(-1).double()
+    ends = mass.cumsum(-1) # (B,blocks), where each block ends
+    dart = dart*ends[:,-1:]
+    b = torch.searchsorted(ends, dart, right=True).clamp_max(ends.shape[-1]-1)
+    inner = p.gather(1, b[...,None].expand(-1, -1, 256))[:,0].double().cumsum(-1)
+    rest = (dart-(ends-mass).gather(1, b))/mass.gather(1, b)
+    return (b*256+torch.searchsorted(inner, rest*inner[:,-1:], right=True))[:,0].clamp_max(logits.shape[-1]-1)
 
-# %% ../nbs/00_synthesis.ipynb #62646957
-class Draw(LogitsProcessor):
-    "Turns greedy search into sampling"
-    def __call__(self,
-        input_ids:Tensor, # `(B,L)`, not used
-        scores:Tensor, # `(B,V)` logits
-    )->Tensor: # `(B,V)`, minus infinity but for the drawn token
-        "Leave one token standing"
-        return torch.full_like(scores, -torch.inf).scatter_(1, draw(scores), 0.)
+# %% ../nbs/00_synthesis.ipynb #cf17f9c0
+class GrowingLayer(DynamicLayer):
+    "Keys and values of one attention layer, which grow in place"
+    def __init__(self,
+        keys:Tensor, # `(B,heads,S,d)`
+        values:Tensor, # `(B,heads,S,d)`
+    ):
+        "Start with those of the prompts"
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.space,self.n = [keys, values],keys.shape[2]
+
+    def get_seq_length(self)->int: return self.n # Columns in use
+
+# %% ../nbs/00_synthesis.ipynb #d4e8d20b
+@patch
+def update(self:GrowingLayer,
+    key_states:Tensor, # `(B,heads,q,d)`
+    value_states:Tensor, # `(B,heads,q,d)`
+    *args, # Not used
+    **kwargs # Not used
+)->list[Tensor]: # All keys and all values
+    "Write behind the last column"
+    a,self.n = self.n,self.n+key_states.shape[2]
+    if self.n>self.space[0].shape[2]: self.space = [F.pad(o, (0, 0, 0, self.n-a+63)) for o in self.space]
+    for o,new in zip(self.space, (key_states, value_states)): o[:,:,a:self.n] = new
+    return [o[:,:,:self.n] for o in self.space]
+
+@patch
+def batch_select_indices(self:GrowingLayer,
+    indices:Tensor, # Rows to keep: their numbers, or `(B,)` bool
+):
+    "Forget the other rows"
+    self.space = [o[indices.to(o.device)] for o in self.space]
+
+# %% ../nbs/00_synthesis.ipynb #82734236
+def shared(seqs:list, # Lists of token ids
+)->int: # How many ids they all begin with, at most one fewer than the shortest has
+    "Length of the common beginning"
+    return min(len(os.path.commonprefix(seqs)), min(map(len, seqs))-1)
+
+def by_tokens(lens:list[int], # Tokens of each sequence
+    budget:int=1024, # Tokens of a group, padding counted; a longer sequence is alone
+)->list[list[int]]: # Numbers of the sequences of each group, shortest first
+    "Groups of sequences of similar length"
+    groups = [[]]
+    for i in sorted(range(len(lens)), key=lambda i: lens[i]):
+        if groups[-1] and (len(groups[-1])+1)*lens[i]>budget: groups.append([])
+        groups[-1].append(i)
+    return groups
+
+# %% ../nbs/00_synthesis.ipynb #0793f332
+@patch
+def _ahead(self:TeacherSynthesizer, x, at, layers, **kw):
+    "Logits `(B,V)` at position `at` of each row of `x`, and what was there: the head's input and the states of `layers`, `(B,d)` each"
+    x = x.to(self.device)
+    with head_input(self.model, at=at) as h: out = self.model(x, output_hidden_states=bool(layers), **kw)
+    b = torch.arange(len(x))
+    return out.logits[:,0],[h[0][:,0], *(out.hidden_states[k][b, at.cpu()] for k in layers)]
+
+# %% ../nbs/00_synthesis.ipynb #3799ed26
+@patch
+def _take_in(self:TeacherSynthesizer, ids, layers):
+    "Prompts read in groups: yields their numbers, what `_ahead` gave, and the keys and values of each layer"
+    n,first = shared(ids),DynamicCache()
+    if n:
+        with head_input(self.model, skip=True): self.model(torch.tensor([ids[0][:n]]).to(self.device), past_key_values=first)
+    for group in by_tokens([len(o)-n for o in ids]):
+        cache = DynamicCache()
+        for i,l in enumerate(first.layers): cache.update(*(o.expand(len(group), -1, -1, -1) for o in (l.keys, l.values)), i)
+        x,_ = pad([ids[i][n:] for i in group])
+        at = torch.tensor([len(ids[i])-n-1 for i in group])
+        yield group,self._ahead(x, at, layers, past_key_values=cache),[(l.keys, l.values) for l in cache.layers]
+
+# %% ../nbs/00_synthesis.ipynb #59910366
+@patch
+def _side_by_side(self:TeacherSynthesizer, ids, layers):
+    "Prompts read: the cache that goes on from their ends, and what `_ahead` gives there"
+    ones,S,space,said = [list(o) for o in dict.fromkeys(map(tuple, ids))],max(map(len, ids))+1,[],[None]*len(ids)
+    for group,(z,hs),past in self._take_in(ones, layers):
+        space = space or [[o.new_zeros(len(ones), o.shape[1], S, o.shape[3]) for o in kv] for kv in past]
+        for r,i in enumerate(group):
+            said[i],n = [z[r], *(h[r] for h in hs)],len(ones[i])
+            for to,kv in zip(space, past):
+                for a,b in zip(to, kv): a[i,:,-n:] = b[r,:,:n]
+    which = torch.tensor([ones.index(o) for o in ids])
+    z,*hs = (torch.stack(o) for o in zip(*[said[i] for i in which]))
+    return Cache(layers=[GrowingLayer(*(o[which] for o in kv)) for kv in space]),z,hs
+
+# %% ../nbs/00_synthesis.ipynb #340ed28d
+def pick(z:Tensor, # `(B,V)` logits
+    dart:Tensor, # `(B,1)` fp64, from 0 to 1
+    temperature:float, # 0 takes the most likely token
+    top_p:float=1., # Keep the most likely tokens that hold this much mass
+)->Tensor: # `(B,)` ids
+    "One token for each row"
+    if not temperature: return z.argmax(-1)
+    z = z.float()/temperature
+    return draw(z if top_p>=1 else TopPLogitsWarper(top_p)(None, z), dart)
 
 # %% ../nbs/00_synthesis.ipynb #e5de2557
 @patch
+def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers):
+    "Token by token: yields the rows still written, a token for each, and what `_ahead` gave before it"
+    cache,z,hs = self._side_by_side(ids, layers)
+    lens,rows,ends = torch.tensor([len(o) for o in ids]),torch.arange(len(ids)),torch.tensor(self.ends, dtype=torch.long)
+    mask = (torch.arange(max(lens)+1)>max(lens)-lens[:,None]).long()
+    for i in range(max_new_tokens):
+        t = pick(z, torch.rand(len(ids), 1, dtype=torch.float64)[rows].to(z.device), temperature, top_p).cpu()
+        yield rows,t,*hs
+        go = ~torch.isin(t, ends)
+        if i==max_new_tokens-1 or not go.any(): return
+        if not go.all():
+            t,rows,mask = t[go],rows[go],mask[go]
+            cache.batch_select_indices(go)
+        mask,at = F.pad(mask, (0, 1), value=1),(lens[rows]+i)[:,None]
+        kw = {k: v.to(self.device) for k,v in dict(attention_mask=mask, position_ids=at).items()}
+        z,hs = self._ahead(t[:,None], 0*t, layers, past_key_values=cache, **kw)
+
+# %% ../nbs/00_synthesis.ipynb #b1803240
+@patch
 @torch.no_grad()
-def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
-    "Responses to one batch of encoded prompts, and the `(R,d)` input of the head at each of their tokens"
-    fill = self.tokenizer.pad_token_id or 0
-    x,mask = (o.to(self.model.device) for o in pad(ids, value=fill, left=True))
-    nucleus = [TopPLogitsWarper(top_p)] if top_p<1 else []
-    pick = [TemperatureLogitsWarper(float(temperature)), *nucleus, Draw()] if temperature>0 else []
-    with head_input(self.model) as hs:
-        out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=self.ends or None,
-            pad_token_id=fill, do_sample=False, logits_processor=LogitsProcessorList(pick))
-    h = torch.cat([o[:,-1:].cpu() for o in hs], 1) # (B,steps,d)
-    rs = [trim(o, set(self.ends)) for o in out[:,x.shape[1]:].tolist()]
-    return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
+def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers=()):
+    "Responses to one batch of encoded prompts, and `(R,d)` of the head's input and of `layers` at each of their tokens"
+    rows,*said = (torch.cat(o).cpu() for o in zip(*self._steps(ids, max_new_tokens, temperature, top_p, layers)))
+    n,order = rows.bincount(minlength=len(ids)).tolist(),rows.argsort(stable=True)
+    t,*hs = (o[order].split(n) for o in said)
+    return [(o.tolist(), *(x.clone() for x in h)) for o,*h in zip(t, *hs)]
 
 # %% ../nbs/00_synthesis.ipynb #2d4ed2ac
 def context_of(model:PreTrainedModel, # A causal language model
 )->int: # Tokens, prompt and response together
     "How many tokens `model` has room for; a model that states no limit gets a billion"
     return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 10**9
+
+# %% ../nbs/00_synthesis.ipynb #215d62f6
+def check_writer(model:PreTrainedModel, # A causal language model
+):
+    "ValueError where `model` keeps more of the past than keys and values"
+    odd = set(getattr(model.config.get_text_config(), 'layer_types', None) or [])-{'full_attention', 'sliding_attention'}
+    if odd or model._is_stateful: raise ValueError(f"a {model.config.model_type} keeps a running state ({', '.join(sorted(odd)) or 'recurrent'}) and cannot write here: "
+        'let a server write (`ask_server` of chapter 00d), and give the responses')
 
 # %% ../nbs/00_synthesis.ipynb #eae33fd6
 @patch
@@ -269,16 +396,20 @@ def generate(self:TeacherSynthesizer,
     batch_size:int=64, # Prompts written together
     progress:bool=True, # Show a bar?
     capture:bool=False, # Add `hidden`, the `(R,d)` inputs of the head from which the R response tokens were drawn?
+    layers:tuple=(), # Add `layers`, `{layer: (R,d)}` hidden states at the same places, numbered as in `score`
 )->list[dict]: # An example `dict(input_ids=, prompt_len=)` for each prompt, in the order of `prompts`
     "Let the teacher write"
+    check_writer(self.model)
     ids = prompts if prompts and isinstance(prompts[0], list) and isinstance(prompts[0][0], int) else self.encode(prompts)
     order,res,room = sorted(range(len(ids)), key=lambda i: len(ids[i])),[None]*len(ids),context_of(self.model)
     for i,o in enumerate(ids):
         if len(o)>=room: raise ValueError(f'prompt {i} has {len(o)} tokens and the teacher room for {room}: shorten it or remove that row')
     for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
         n = min(max_new_tokens, room-len(ids[idx[-1]]))
-        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p)
-        for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
+        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p, layers)
+        for i,(r,h,*more) in zip(idx, rs):
+            res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
+            if layers: res[i]['layers'] = dict(zip(layers, more))
     return res
 
 # %% ../nbs/00_synthesis.ipynb #8510ff3a
@@ -318,12 +449,23 @@ class Head(NamedTuple):
         z = nn.functional.linear(h.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         return z if self.softcap is None else self.softcap*(z/self.softcap).tanh()
 
+# %% ../nbs/00_synthesis.ipynb #af95447a
+def here(module:nn.Module, # The module that owns it
+    name:str, # Of a parameter or buffer
+)->Tensor: # Itself, or a copy read from where it was put away
+    "A weight, wherever it is"
+    w = getattr(module, name)
+    if w.device.type!='meta': return w
+    hook = getattr(module, '_hf_hook', None)
+    if getattr(hook, 'weights_map', None) is None: raise ValueError(f'{type(module).__name__}.{name} has no numbers: load the model with its weights')
+    return hook.weights_map[name]
+
 # %% ../nbs/00_synthesis.ipynb #cc733253
 def head_of(model:PreTrainedModel, # A causal language model
 )->Head: # Detached; shares storage with the model unless there is a constant to fold in
     "The output head of `model`, with what comes after it"
     m,c = model.get_output_embeddings(),model.config.get_text_config()
-    w,b = m.weight.detach(),getattr(m, 'bias', None)
+    w,b = here(m, 'weight').detach(),None if getattr(m, 'bias', None) is None else here(m, 'bias')
     scale,cap = getattr(c, 'logit_scale', 1.)/getattr(c, 'logits_scaling', 1.),getattr(c, 'final_logit_softcapping', None)
     b = None if b is None else b.detach()
     if scale!=1: w,b = w.float()*scale,None if b is None else b.float()*scale
@@ -349,7 +491,7 @@ def score(self:TeacherSynthesizer,
     logits:bool=False, # Return logits too?
 )->dict: # `head_input (B,L,d)`, `hidden_states {i: (B,L,d)}`, and on request `attentions` (a tuple of `(B,heads,L,L)`), `logits (B,L,V)` fp32
     "One teacher-forced forward pass"
-    dev,mask = self.model.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    dev,mask = self.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
     kw = dict(use_cache=False, output_hidden_states=bool(layers), output_attentions=attentions)
     with head_input(self.model, skip=True) as h, (eager_attention(self.model) if attentions else contextlib.nullcontext()):
         out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw)
@@ -358,6 +500,63 @@ def score(self:TeacherSynthesizer,
     if attentions: res['attentions'] = out.attentions
     if logits: res['logits'] = head_of(self.model)(h[0])
     return res
+
+# %% ../nbs/00_synthesis.ipynb #044cfd14
+def attention_of(model:PreTrainedModel, # A decoder
+    block:int, # Counted from 0, or from the end
+)->nn.Module: # The module that forms the attention of that block
+    "The attention module of a block"
+    n = model.config.get_text_config().num_hidden_layers
+    if not -n<=block<n: raise ValueError(f'there is no block {block}: this model has {n}, from 0 to {n-1}')
+    found = [m for k,m in model.named_modules() if re.search(rf'\.{block%n}\.(self_attn|attn|attention)$', k)]
+    if len(found)!=1: raise ValueError(f'{type(model).__name__} has {len(found)} attention modules in block {block}, expected one')
+    return found[0]
+
+# %% ../nbs/00_synthesis.ipynb #0030ce3d
+def check_eager(model:PreTrainedModel, # A causal language model
+):
+    "ValueError where `model` cannot show its attention maps"
+    how = model.config._attn_implementation
+    if how!='eager': raise ValueError(f"this model runs {how!r} attention, which forms no maps: load it with attn_implementation='eager', "
+        "or call model.set_attn_implementation('eager')")
+
+# %% ../nbs/00_synthesis.ipynb #dcea69e0
+def _cut_qkv(attn, name, y):
+    "`q`, `k` and `v` from the output `y (B,L,D)` of a fused projection"
+    if name=='c_attn': return y.chunk(3, -1)
+    if name=='qkv_proj':
+        kv = attn.num_key_value_heads*attn.head_dim
+        return y.split([y.shape[-1]-2*kv, kv, kv], -1)
+    return [o.flatten(-2) for o in y.unflatten(-1, (attn.config.num_attention_heads, 3, -1)).unbind(-2)]
+
+def _projections(attn):
+    "Name and module of what makes queries, keys and values"
+    own = {o: m for o in ('q_proj', 'k_proj', 'v_proj') if (m := getattr(attn, o, None)) is not None}
+    fused = {o: m for o in ('qkv_proj', 'c_attn', 'query_key_value') if (m := getattr(attn, o, None)) is not None}
+    if len(own)==3: return own
+    if len(fused)!=1 or 'query_key_value' in fused and attn.config.model_type!='gpt_neox':
+        raise ValueError(f'{type(attn).__name__}: no known projection of queries, keys and values: use attention maps for this model')
+    return fused
+
+# %% ../nbs/00_synthesis.ipynb #a6bd13c8
+@contextlib.contextmanager
+def inside(model:PreTrainedModel, # A causal language model
+    attention:tuple=(), # Blocks whose maps to keep, counted from 0
+    relations:int=None, # Block whose queries, keys and values to keep
+): # Yields a dict that a forward pass fills: `attention.K (B,L,L)`, the mean over heads, and `q`, `k`, `v`, `(B,L,width)` each
+    "Listen inside the attention of some blocks"
+    if attention: check_eager(model)
+    seen,hooks = {},[]
+    for b in attention:
+        hear = lambda _, args, y, b=b: seen.update({f'attention.{b}': y[1].float().mean(1)})
+        hooks.append(attention_of(model, b).register_forward_hook(hear))
+    attn = None if relations is None else attention_of(model, relations)
+    for name,m in _projections(attn).items() if attn else ():
+        take = lambda _, args, y, name=name: seen.update({name[0]: y} if name[1]=='_' and name!='c_attn' else dict(zip('qkv', _cut_qkv(attn, name, y))))
+        hooks.append(m.register_forward_hook(take))
+    try: yield seen
+    finally:
+        for o in hooks: o.remove()
 
 # %% ../nbs/00_synthesis.ipynb #919d1c1a
 @patch
@@ -385,6 +584,7 @@ def weights_sha256(model:nn.Module, # Any module
     "Hash of a model's weights"
     h = hashlib.sha256()
     for k,v in sorted(model.state_dict().items()):
+        if v.device.type=='meta': v = here(model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2])
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

@@ -22,5 +22,7 @@ def test_train(kind):
     o = json.loads(bench('train.py', '--layers', '1', '--batch', '1', '--lengths', '16', '--one', kind).splitlines()[-1])
     assert o['s']>0 and o['mib']>0
 
+def test_resident(): assert 'ok' in bench('resident.py', '--mib', '320').splitlines()[-1]
+
 @pytest.mark.parametrize('name', [n for n in SCRIPTS if n!='peers.py'])
 def test_help_says_what_is_measured(name): assert 'usage:' in bench(name, '--help')

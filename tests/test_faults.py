@@ -14,7 +14,7 @@
 | 10. wrong tokenizer | `test_wrong_tokenizer` |
 | 11. wrong teacher | `test_wrong_teacher_lists_the_keys` |
 | 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00c |
-| 13. NaN from the teacher | `test_nan_names_the_prompt` |
+| 13. NaN from the teacher | `test_nan_names_the_prompt`, `test_nan_skipped_and_recorded` |
 | 14. values beyond fp16 | chapter 00c, What is stored (`_codes`) |
 | 16. empty prompt | chapters 00 and 00c (`encode`, `as_rows`) |
 | 17. prompt longer than the context | chapters 00 and 00c (`generate`, `fitting`) |
@@ -23,6 +23,7 @@
 | 21. older and newer schema | chapter 00c, manifest and repair |
 | 22. a pickle in place of a shard, codec or model | `test_pickle_never_runs` |
 | 23. names and links that lead elsewhere | `test_links_out_of_the_folder`; names: chapter 00c, manifest |
+| 29. attention maps on fast attention | chapters 00 (`inside`) and 00c, Reading (`build_cache`) |
 | 30. teacher not frozen or shared | `test_teacher_is_the_same_after_training`; refused: chapter 01a (`check_pair`) |
 | 32. no network | `test_no_network`; chapter 00 |
 | 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
@@ -408,6 +409,42 @@ def test_nan_names_the_prompt(tmp_path):
     assert not shard_path(tmp_path/'c', 3).exists()
     c = TeacherCache(tmp_path/'c', partial=True)
     assert c.shards==[0, 1, 2] and all(c[i]['hidden'].isfinite().all() for i in range(6))
+
+@pytest.mark.parametrize('codec', [{}, dict(codec='topk', k=4, layers=(0, 1), attention=(0,), relations=0)], ids=['written', 'inside'])
+def test_nan_skipped_and_recorded(tmp_path, codec):
+    sick = tiny_teacher(eager(tiny_model()) if 'attention' in codec else None)
+    with torch.no_grad(): sick.model.model.embed_tokens.weight[sick.tokenizer('g').input_ids[0]] = float('nan')
+    kw = {**KW, 'max_new_tokens': 1, **codec}
+    c = build_cache(sick, ROWS, tmp_path/'c', not_finite='skip', **kw)
+    assert len(c)==11 and c.stats()['skipped']==1 and c.verify()==[] and load_json(shard_path(tmp_path/'c', 3).with_suffix('.json'))['meta']['left_out']==[0]
+    assert [c[i]['meta']['prompt'] for i in (5, 6, 7)]==[ROWS[i]['prompt'] for i in (5, 7, 8)]
+    assert sick.tokenizer.decode(c[6]['input_ids'][:c[6]['prompt_len']])==ROWS[7]['prompt']
+    for name in ('input_ids', 'topk.logits' if codec else 'hidden'):
+        for e in c:
+            x = e[name.split('.')[0]]
+            assert (x.logits if '.' in name else x.float()).isfinite().all()
+    if codec:
+        e = c[6]
+        with torch.no_grad(): a = sick.model(e['input_ids'][None], output_attentions=True).attentions[0][0].mean(0)
+        assert (e['attention'][0]-a[e['prompt_len']-1:-1]).abs().max()<1e-3
+    was = tree(tmp_path/'c')
+    shard_path(tmp_path/'c', 3).unlink()
+    build_cache(sick, ROWS, tmp_path/'c', not_finite='skip', **kw)
+    assert tree(tmp_path/'c')==was
+    with pytest.raises(CacheError, match='other settings: not_finite'): build_cache(sick, ROWS, tmp_path/'c', **kw)
+
+def test_every_shard_checks_itself(tmp_path, monkeypatch):
+    "A teacher whose states go wrong after the first shard: what it wrote does not agree with what it says when asked again"
+    t = tiny_teacher()
+    write = t._write
+    def later(*a):
+        n[0] += 1
+        return [(r, h if n[0]<3 else h+3*h.roll(1, 1)) for r,h in write(*a)]
+    n = [0]
+    monkeypatch.setattr(t, '_write', later, raising=False)
+    with pytest.raises(CacheError, match="shard-00002.safetensors: what would be stored is .* nats per token from the teacher's own logits"):
+        build_cache(t, ROWS, tmp_path/'c', **KW)
+    assert TeacherCache(tmp_path/'c', partial=True).shards==[0, 1]
 
 def test_learns_to_stop(teacher, whole):
     c,student = TeacherCache(whole),tiny_model(3, hidden_size=32, num_hidden_layers=2)
