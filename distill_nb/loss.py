@@ -11,7 +11,7 @@ __all__ = ['forward_kl', 'reverse_kl', 'hidden_loss', 'DistillationLoss', 'Linea
 # %% ../nbs/02_loss.ipynb #924ac088
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 from fastcore.basics import patch
 
@@ -27,7 +27,7 @@ def forward_kl(
     "KL(teacher || student) of each token"
     log_p,log_t = (_log_p(z, temperature) for z in (student_logits,teacher_logits))
     t = log_t.exp()
-    return (t*(log_t - log_p)).masked_fill(t==0, 0.).sum(-1)
+    return (t*(log_t - log_p).masked_fill(t==0, 0.)).sum(-1)
 
 # %% ../nbs/02_loss.ipynb #4d9a0057
 def reverse_kl(
@@ -44,7 +44,7 @@ def hidden_loss(
     teacher_hidden:Tensor, # (..., d), projected to the student's width
 )->Tensor: # (...), per token, from 0 to 4
     "Mean squared difference of the layer-normed vectors of each token"
-    hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden))
+    hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden.detach()))
     return (hs - ht).pow(2).mean(-1)
 
 # %% ../nbs/02_loss.ipynb #533288e1
@@ -113,13 +113,17 @@ def _bend_(z, scale, cap, slope):
     return z.mul_(cap)
 
 # %% ../nbs/02_loss.ipynb #efdf8b71
-def _kl_(z, zt, t, T):
-    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities"
-    agree = z.argmax(-1)==zt.argmax(-1)
+def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
+
+def _kl_(z, zt, t, T, terms=None):
+    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p where there are `terms` to write into"
+    agree,terms = z.argmax(-1)==zt.argmax(-1), zt if terms is None else terms
     for x in (z,zt): torch.log_softmax(x.div_(T), -1, out=x)
-    torch.exp(zt, out=t)
-    kl = zt.sub_(z).mul_(t).sum(-1)
-    return zt.masked_fill_(t==0, 0.).sum(-1) if kl.isnan().any() else kl, agree
+    _exp_(zt, t)
+    kl = torch.mul(zt.sub_(z), t, out=terms).sum(-1)
+    if kl.isfinite().all(): return kl, agree
+    zt.nan_to_num_(0., torch.inf, -torch.inf)
+    return terms.masked_fill_(t<2e-38, 0.).sum(-1), agree
 
 # %% ../nbs/02_loss.ipynb #1340087c
 def _ce_(log_p, q, labels, T):
@@ -152,7 +156,10 @@ class _Dense(NamedTuple):
     rows:int # N
     vocab:int # V
     fill:object # fill(r, zt, low) writes the teacher's logits of rows `r` into `zt`
-    buffers = 2
+    kernel:object=None # None: forward KL; else as `_reverse_`
+
+    @property
+    def buffers(self): return 2 if self.kernel is None else 3 # besides `z`
 
     def kl_(self,
         z:Tensor, # (C, V), the student's logits; left as log p
@@ -161,18 +168,21 @@ class _Dense(NamedTuple):
         low:Tensor, # (C, V) or None, for products in fewer bits
         zt:Tensor, # (C, V), scratch
         t:Tensor, # (C, V), left as the teacher's probabilities
-    )->tuple: # divergence (C,), KL (C,), here the same, top-1 agreement (C,), and what `diff_` will need
+        *spare:Tensor, # (C, V), scratch of a kernel
+    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
         "Divergence of a chunk, in place"
-        kl,agree = _kl_(z, self.fill(r, zt, low), t, T)
-        return kl, kl, agree, t
+        kl,agree = _kl_(z, self.fill(r, zt, low), t, T, *spare)
+        if self.kernel is None: return kl, kl, agree, t
+        d,w,p = self.kernel(zt, z, t, *spare)
+        return d, kl, agree, p.mul_(-w.sum(-1, keepdim=True)).add_(w)
 
     def diff_(self,
         log_p:Tensor, # (C, V), as `kl_` left it; overwritten
         r:slice, # which rows of the target
         state:Tensor, # third result of `kl_`
-    )->Tensor: # (C, V), p - t, in the same storage
+    )->Tensor: # (C, V), p - t in the same storage, or what a kernel has made already
         "Gradient of a chunk, times T, in place"
-        return log_p.exp_().sub_(state)
+        return _exp_(log_p, log_p).sub_(state) if self.kernel is None else state
 
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
@@ -193,49 +203,28 @@ def _from_logits(zt):
     zt = zt.detach()
     return _Dense(*zt.shape, lambda r, out, low: out.copy_(zt[r,:out.shape[-1]]))
 
-# %% ../nbs/02_loss.ipynb #db02ae93
-class _ByAutograd(NamedTuple):
-    "A target with a logit for every id, and any divergence of logits"
-    rows:int # N
-    vocab:int # V
-    fill:object # as in `_Dense`
-    f:object # called as f(student_logits, teacher_logits, T), returns a number per token
-    buffers = 2
+# %% ../nbs/02_loss.ipynb #a51c0002
+def _reverse_(delta, log_p, t, spare):
+    "Value of reverse KL, its w, and p"
+    w = delta.clamp_(max=80).neg_().mul_(_exp_(log_p, spare))
+    return w.sum(-1), w, spare
 
-    def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left divided by T
-        r:slice, # which rows of the target
-        T:float|Tensor, # temperature, or a column (C, 1) of them
-        low:Tensor, # (C, V) or None, for products in fewer bits
-        _, # (C, V), scratch that is not needed here
-        zt:Tensor, # (C, V), left as the teacher's logits
-    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
-        "Divergence of a chunk, with its graph"
-        T_ = T[:,0] if isinstance(T, Tensor) else T
-        self.fill(r, zt, low)
-        with torch.enable_grad(): d = self.f(x := z.clone().requires_grad_(), zt, T_)
-        if d.shape!=x.shape[:1]: raise ValueError(f"the divergence returned {tuple(d.shape)} for {len(x)} tokens: it must return one number per token")
-        kl,agree = forward_kl(z, zt, T_), z.argmax(-1)==zt.argmax(-1)
-        z.div_(T)
-        return d.detach(), kl, agree, (x,d,T)
-
-    def diff_(self,
-        log_p:Tensor, # (C, V), overwritten
-        r:slice, # which rows of the target
-        state:tuple, # fourth result of `kl_`
-    )->Tensor: # (C, V), the gradient times T, in the same storage
-        "Gradient of a chunk, times T, in place"
-        x,d,T = state
-        return log_p.copy_(torch.autograd.grad(d, x, torch.ones_like(d))[0]).mul_(T)
+_kernels = {forward_kl: None, reverse_kl: _reverse_}
 
 # %% ../nbs/02_loss.ipynb #9aa6cb9c
+def _kernel(divergence):
+    "The kernel of a divergence, its dial turned; None is forward KL"
+    f = _named(divergence)
+    f,kw = (f.func,f.keywords) if isinstance(f, partial) and not f.args else (f,{})
+    if f not in _kernels: raise ValueError(f"no kernel for {getattr(f, '__name__', f)!r}: choose from {', '.join(o.__name__ for o in _kernels)}, or use DistillationLoss")
+    return partial(_kernels[f], **kw) if kw else _kernels[f]
+
 def _as_target(target, divergence, T, V, dtype):
     "What the loop needs to know about a target"
-    f = _named(divergence)
-    if type(target) is tuple: target = _from_head(*target, dtype)
-    elif isinstance(target, Tensor): target = _from_logits(target)
-    else: target.check(T, f, V)
-    return _ByAutograd(*target, f) if isinstance(target, _Dense) and f is not forward_kl else target
+    if type(target) is tuple: return _from_head(*target, dtype)._replace(kernel=_kernel(divergence))
+    if isinstance(target, Tensor): return _from_logits(target)._replace(kernel=_kernel(divergence))
+    target.check(T, _named(divergence), V)
+    return target
 
 # %% ../nbs/02_loss.ipynb #73fd2149
 def _rows(T, r, *col): return T[(r,*col)] if isinstance(T, Tensor) else T
@@ -257,7 +246,7 @@ class _LinearDivergence(torch.autograd.Function):
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
         x,w,b_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n]
         dh,dW,db = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b), ctx.needs_input_grad)]
-        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, labels is not None)
+        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for i in range(0, N, chunk):
@@ -265,7 +254,7 @@ class _LinearDivergence(torch.autograd.Function):
             t,(z,slope,low,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
             _bend_(_project(x[r], w, b_, low, z), *bend, slope)
             ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more[:target.buffers])
-            if labels is not None: nll[r] = _ce_(z, more[0], labels[r], t)
+            if ce: nll[r] = _ce_(z, more[0], labels[r], t)
             if not any(o is not None for o in grads): continue
             dz = _grad_(target.diff_(z, r, state), *((more[0],labels[r]) if ce else (None,None)), t, kl, ce)
             _add_grads(_unbend_(dz, bend[0], slope), low, x[r], w, None if dh is None else dh[r], dW, db)
@@ -277,6 +266,7 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, g, *_): # g: gradient of the scalar loss
         "What was kept, times the incoming gradient"
         if torch.is_grad_enabled(): raise RuntimeError("linear_divergence has no second derivative: use DistillationLoss for create_graph=True")
+        if g==1 and not torch._C._autograd._get_current_graph_task_keep_graph(): return *ctx.saved_tensors, *[None]*9
         times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         return *(None if o is None else times(o, g) for o in ctx.saved_tensors), *[None]*9
 
@@ -286,7 +276,7 @@ class LinearDivergence(NamedTuple):
     loss:Tensor # scalar, sum over tokens of kl*T^2*D + ce*CE
     kl:Tensor # (N,), KL(teacher || student) at the temperature of the loss, nats, without T^2, whatever the divergence is
     agree:Tensor # (N,), whether both prefer the same token
-    ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats
+    ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats; zeros where it has no weight
 
 # %% ../nbs/02_loss.ipynb #455a62e4
 def linear_divergence(
@@ -298,7 +288,7 @@ def linear_divergence(
     kl:float=1., # weight of T^2 D
     ce:float=0., # weight of cross-entropy
     chunk:int=256, # C: rows whose logits exist at one time
-    divergence="forward_kl", # D, as in `DistillationLoss`; a sparse target has forward KL only
+    divergence="forward_kl", # D: a name, or one of the functions that have a kernel, perhaps a partial of it; a sparse target has forward KL only
 )->LinearDivergence: # loss is a sum over the N tokens
     "Divergence of a head from a target, plus cross-entropy, without holding the student's logits"
     h,W,T,pair = student_hidden, student_head.weight, temperature, type(target) is tuple
