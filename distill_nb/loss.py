@@ -44,7 +44,7 @@ def hidden_loss(
     teacher_hidden:Tensor, # (..., d), projected to the student's width
 )->Tensor: # (...), per token, from 0 to 4
     "Mean squared difference of the layer-normed vectors of each token"
-    hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden.detach()))
+    hs,ht = (F.layer_norm(_wide(h), h.shape[-1:]) for h in (student_hidden,teacher_hidden))
     return (hs - ht).pow(2).mean(-1)
 
 # %% ../nbs/02_loss.ipynb #533288e1
