@@ -191,9 +191,12 @@ def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', Non
 def _from_head(hT, head, dtype):
     "A target from hidden states and a head"
     b,bend = head.bias, _bend(head)
+    if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
     hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
     def _fill(r, out, low):
         n = out.shape[-1]
+        if dtype==out.dtype: low = None
+        elif low is None or low.dtype!=dtype: low = out.new_empty(out.shape, dtype=dtype)
         return _bend_(_project(hT[r], w[:n], b if b is None else b[:n], low, out), *bend, None)
     return _Dense(len(hT), len(w), _fill)
 
@@ -229,6 +232,12 @@ def _as_target(target, divergence, T, V, dtype):
 # %% ../nbs/02_loss.ipynb #73fd2149
 def _rows(T, r, *col): return T[(r,*col)] if isinstance(T, Tensor) else T
 
+def _adapter(h, lora):
+    "States of a LoRA adapter, s A h, and its B"
+    if lora is None: return None, None
+    A,B,s = lora
+    return s*F.linear(h, A.to(h.dtype)), B
+
 def _unbend_(dz, scale, slope):
     "Gradient through the cap and the scale of a head, in place"
     if slope is not None: dz.mul_(slope)
@@ -238,26 +247,29 @@ def _unbend_(dz, scale, slope):
 class _LinearDivergence(torch.autograd.Function):
     "Chunked divergence of a head from a target, its gradient made in the forward pass"
     @staticmethod
-    def forward(ctx, h, W, b, # the student's (N, d_S) hidden states, its head's weight and bias
+    def forward(ctx, h, W, b, u, B, # the student's (N, d_S) hidden states, its head's weight and bias, perhaps an adapter's states (N, r) and weight (V_S, r)
         target, labels, # the teacher's side, and the (N,) ids predicted
         T, kl, ce, bend, # temperature or a column of them, weights of T^2 D and cross-entropy, the head's scale and soft cap
         chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
         "The loss as a sum, per-token statistics, and the gradient kept for later"
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
-        x,w,b_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n]
-        dh,dW,db = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b), ctx.needs_input_grad)]
+        x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
+        dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
         types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for i in range(0, N, chunk):
             r = slice(i, min(i+chunk, N))
             t,(z,slope,low,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
-            _bend_(_project(x[r], w, b_, low, z), *bend, slope)
+            _project(x[r], w, b_, low, z)
+            _bend_(z if u is None else z.addmm_(u[r], B_.T), *bend, slope)
             ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more[:target.buffers])
             if ce: nll[r] = _ce_(z, more[0], labels[r], t)
             if not any(o is not None for o in grads): continue
             dz = _grad_(target.diff_(z, r, state), *((more[0],labels[r]) if ce else (None,None)), t, kl, ce)
-            _add_grads(_unbend_(dz, bend[0], slope), low, x[r], w, None if dh is None else dh[r], dW, db)
+            _unbend_(dz, bend[0], slope)
+            if u is not None: _add_grads(dz, None, u[r], B_, None if du is None else du[r], dB, None)
+            _add_grads(dz, low, x[r], w, None if dh is None else dh[r], dW, db)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(kls, agree, nll)
         return kl*(ds*_rows(T**2, slice(N), 0)).sum() + ce*nll.sum(), kls, agree, nll
@@ -289,27 +301,39 @@ def linear_divergence(
     ce:float=0., # weight of cross-entropy
     chunk:int=256, # C: rows whose logits exist at one time
     divergence="forward_kl", # D: a name, or one of the functions that have a kernel, perhaps a partial of it; a sparse target has forward KL only
+    teacher_dtype:torch.dtype=None, # type of the product with the teacher's head; None: that of the student's, at least as wide as what is stored
 )->LinearDivergence: # loss is a sum over the N tokens
     "Divergence of a head from a target, plus cross-entropy, without holding the student's logits"
-    h,W,T,pair = student_hidden, student_head.weight, temperature, type(target) is tuple
+    h,W,T,pair = student_hidden, student_head.weight, temperature, type(target) is tuple and teacher_dtype is None
     dev,dtype = h.device.type, reduce(torch.promote_types, (o.dtype for o in (h,W) + ((target[0],target[1].weight) if pair else ())))
     if torch.is_autocast_enabled(dev): dtype = torch.get_autocast_dtype(dev)
     if isinstance(T, Tensor) and T.shape!=(len(h),): raise ValueError(f"temperature has shape {tuple(T.shape)}: pass a number, or one for each of the {len(h)} tokens")
-    target = _as_target(target, divergence, T, len(W), dtype)
+    target = _as_target(target, divergence, T, len(W), teacher_dtype or dtype)
     if target.rows!=len(h): raise ValueError(f"{len(h)} student rows, {target.rows} teacher rows: pass the same target positions of both")
     if ce and labels is None: raise ValueError("ce is not 0: pass labels too")
     if isinstance(T, Tensor): T = T.detach().to(h.device, torch.promote_types(dtype, torch.float32))[:,None]
-    args = h, W, student_head.bias, target, labels, T, kl, ce, _bend(student_head), chunk, dtype
+    args = h, W, student_head.bias, *_adapter(h, getattr(student_head, 'lora', None)), target, labels, T, kl, ce, _bend(student_head), chunk, dtype
     with torch.autocast(dev, enabled=False): loss,kls,agree,nll = _LinearDivergence.apply(*args, torch.is_grad_enabled())
     return LinearDivergence(loss, kls, agree, None if labels is None else nll)
 
 # %% ../nbs/02_loss.ipynb #0833eacb
 class OutputHead(NamedTuple):
-    "An output head: logits are c tanh(s (W h + b)/c)"
+    "An output head: logits are c tanh(s (W h + b)/c), W h perhaps with an adapter"
     weight:Tensor # W, (V, d)
     bias:Tensor|None=None # b, (V,)
     scale:float=1. # s
     softcap:float|None=None # c; None: no cap
+    lora:tuple|None=None # A (r, d), B (V, r) and a number f: W h + f B A h in place of W h
+
+# %% ../nbs/02_loss.ipynb #a51c0042
+def _lora(m):
+    "The linear layer below an output head's adapter, and the adapter: A, B and its factor"
+    if not hasattr(m, 'base_layer'): return m, None
+    k = m.active_adapters[0] if len(getattr(m, 'active_adapters', ()))==1 else None
+    plain = k in getattr(m, 'lora_A', {}) and k not in m.lora_variant and isinstance(m.lora_dropout[k], nn.Identity)
+    if not plain or m.merged or m.disable_adapters or m.lora_bias[k]:
+        raise ValueError("the output head has an adapter that is more than one LoRA without dropout: leave 'lm_head' out of the adapter's target_modules")
+    return m.base_layer, (m.lora_A[k].weight,m.lora_B[k].weight,m.scaling[k])
 
 # %% ../nbs/02_loss.ipynb #43fedbbd
 @torch.no_grad()
@@ -318,12 +342,14 @@ def output_head(
 )->OutputHead: # Its parameters themselves, not copies
     "The output head of `model`, with its scale and its soft cap"
     m,c,seen = model.get_output_embeddings(), model.config.get_text_config(), []
-    if hasattr(m, 'base_layer'): raise ValueError("the output head has an adapter, which this loss would not train: leave 'lm_head' out of the adapter's target_modules")
+    base,lora = _lora(m)
     scale = getattr(c, 'logit_scale', 1.)*getattr(c, 'lm_head_multiplier', 1.)/getattr(c, 'logits_scaling', 1.)
-    head = OutputHead(m.weight, m.bias, scale, getattr(c, 'final_logit_softcapping', None))
+    head = OutputHead(base.weight, base.bias, scale, getattr(c, 'final_logit_softcapping', None), lora)
     hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try: want = model(input_ids=torch.arange(3, device=m.weight.device)[None]).logits.float()
+    try: want = model(input_ids=torch.arange(3, device=base.weight.device)[None]).logits.float()
     finally: hook.remove()
-    off = (_bend_(F.linear(seen[0], m.weight, m.bias).float(), *_bend(head), None) - want).abs().max()/want.abs().max()
+    u,B = _adapter(seen[0], lora)
+    z = F.linear(seen[0], base.weight, base.bias) + (0 if u is None else F.linear(u, B.to(u.dtype)))
+    off = (_bend_(z.float(), *_bend(head), None) - want).abs().max()/want.abs().max()
     if off>.02: raise ValueError(f"the head does not reproduce the model's logits ({off:.0%} off): the model does something to them that is not known here. Use DistillationLoss on its logits")
     return head

@@ -33,6 +33,7 @@ def student_space(
     "The average row of the student's head under the teacher's distribution"
     (W,b),(scale,cap) = (student_head.weight,student_head.bias),_bend(student_head)
     if cap is not None: raise ValueError("a soft cap bends the logits, so that their mean is no product with h: cache hidden states for this student")
+    if getattr(student_head, 'lora', None) is not None: raise ValueError("the head has an adapter, which trains: this form is for a head that does not")
     n = min(len(W), teacher_logits.shape[-1])
     log_t,kind = _log_p(teacher_logits[:,:n].double(), temperature),_wide(teacher_logits[:0]).dtype
     t = log_t.exp()
