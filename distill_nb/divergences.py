@@ -9,7 +9,7 @@ __all__ = ['jsd', 'skew_kl', 'tvd', 'TopK', 'top_k', 'bucket_kl', 'Sampled', 'sa
 
 # %% ../nbs/02a_divergences.ipynb #7c9e24db
 import math, torch, torch.nn.functional as F
-from .loss import _divergences, _log_p, _wide, forward_kl
+from .loss import _divergences, _exp_, _kernels, _log_p, _reverse_, _wide, forward_kl
 from fastcore.basics import patch
 from torch import Tensor
 from typing import NamedTuple
@@ -18,7 +18,11 @@ from typing import NamedTuple
 def _kl(log_a, log_b):
     "Sum of a (log a - log b), where 0 log 0 = 0"
     a = log_a.exp()
-    return (a*(log_a - log_b)).masked_fill(a==0, 0.).sum(-1)
+    return (a*(log_a - log_b).masked_fill(a==0, 0.)).sum(-1)
+
+def _log_ratio(log_a, log_b):
+    "log a - log b, cut at 80 either way, 0 where both are forbidden"
+    return (log_a - log_b).nan_to_num(0., 80., -80.).clamp(-80, 80)
 
 # %% ../nbs/02a_divergences.ipynb #f28cd0be
 def jsd(
@@ -32,9 +36,10 @@ def jsd(
     log_p,log_t = (_log_p(z, temperature) for z in (student_logits,teacher_logits))
     if beta==0: return _kl(log_t, log_p)
     if beta==1: return _kl(log_p, log_t)
-    b = log_p.new_tensor(beta)
-    log_m = torch.logaddexp(log_t + b.log(), log_p + (-b).log1p())
-    return beta*_kl(log_t, log_m) + (1-beta)*_kl(log_p, log_m)
+    if beta>.5: log_p,log_t,beta = log_t,log_p,1-beta
+    delta,p = _log_ratio(log_t, log_p),log_p.exp()
+    log_m = (beta*delta.expm1()).log1p()
+    return (beta*log_t.exp()*(delta - log_m) - (1-beta)*p*log_m).sum(-1)
 
 # %% ../nbs/02a_divergences.ipynb #13a485b1
 def skew_kl(
@@ -48,8 +53,8 @@ def skew_kl(
     if not 0<=lam<1: raise ValueError(f"lam is {lam}: use 0 (plain KL) up to, not including, 1 (always zero)")
     log_b,log_a = (_log_p(z, temperature) for z in (student_logits,teacher_logits))
     if reverse: log_a,log_b = log_b,log_a
-    lam = log_a.new_tensor(lam)
-    return _kl(log_a, torch.logaddexp(log_a + lam.log(), log_b + (-lam).log1p()))
+    if lam==0: return _kl(log_a, log_b)
+    return -(log_a.exp()*(lam + (1-lam)*_log_ratio(log_b, log_a).exp()).log()).sum(-1)
 
 # %% ../nbs/02a_divergences.ipynb #0e0e71ca
 def tvd(
@@ -62,7 +67,39 @@ def tvd(
     return (t - p).abs().sum(-1)/2
 
 # %% ../nbs/02a_divergences.ipynb #792cb8c5
+def _end_(delta, log_p, t, spare, back):
+    "Kernel of a dial at its end: forward KL, or reverse KL"
+    if back: return _reverse_(delta, log_p, t, spare)
+    return delta.clamp_(min=-1e4).mul_(t).sum(-1), t.neg_(), _exp_(log_p, spare)
+
+# %% ../nbs/02a_divergences.ipynb #a51c0012
+def _jsd_(delta, log_p, t, spare, beta=.5):
+    "Value of JSD, its w, and p"
+    if beta in (0,1): return _end_(delta, log_p, t, spare, beta==1)
+    s = torch.mul(delta.clamp_(-80, 80), 1 if beta<=.5 else -1, out=spare).expm1_().mul_(min(beta, 1-beta)).log1p_()
+    log_mp,log_tm = (s,delta.sub_(s)) if beta<=.5 else (delta.add_(s),s.neg_())
+    d = beta*t.mul_(log_tm).sum(-1)
+    w = log_mp.mul_(_exp_(log_p, t)).mul_(beta-1)
+    return d + w.sum(-1), w, t
+
+# %% ../nbs/02a_divergences.ipynb #a51c0014
+def _skew_(delta, log_p, t, spare, lam=.1, reverse=False):
+    "Value of skew KL either way, its w, and p"
+    if lam==0: return _end_(delta, log_p, t, spare, reverse)
+    y = delta.clamp_(-80, 80).mul_(1 if reverse else -1).exp_().mul_(1-lam).add_(lam)
+    log_y = torch.log(y, out=spare)
+    if not reverse: return -log_y.mul_(t).sum(-1), y.reciprocal_().mul_(_exp_(log_p, spare)).mul_(lam-1), spare
+    w = y.reciprocal_().mul_(lam).add_(log_y).mul_(_exp_(log_p, t)).neg_()
+    return -log_y.mul_(t).sum(-1), w, t
+
+# %% ../nbs/02a_divergences.ipynb #a51c0016
+def _tvd_(delta, log_p, t, spare):
+    "Value of total variation, its w, and p"
+    torch.sub(_exp_(log_p, spare), t, out=delta)
+    return torch.abs(delta, out=t).sum(-1)/2, delta.sign_().mul_(spare).div_(2), spare
+
 _divergences.update(jsd=jsd, skew_kl=skew_kl, tvd=tvd)
+_kernels.update({jsd: _jsd_, skew_kl: _skew_, tvd: _tvd_})
 
 # %% ../nbs/02a_divergences.ipynb #1951e138
 class TopK(NamedTuple):

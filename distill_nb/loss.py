@@ -11,7 +11,7 @@ __all__ = ['forward_kl', 'reverse_kl', 'hidden_loss', 'DistillationLoss', 'Linea
 # %% ../nbs/02_loss.ipynb #924ac088
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 from fastcore.basics import patch
 
@@ -27,7 +27,7 @@ def forward_kl(
     "KL(teacher || student) of each token"
     log_p,log_t = (_log_p(z, temperature) for z in (student_logits,teacher_logits))
     t = log_t.exp()
-    return (t*(log_t - log_p)).masked_fill(t==0, 0.).sum(-1)
+    return (t*(log_t - log_p).masked_fill(t==0, 0.)).sum(-1)
 
 # %% ../nbs/02_loss.ipynb #4d9a0057
 def reverse_kl(
@@ -113,13 +113,17 @@ def _bend_(z, scale, cap, slope):
     return z.mul_(cap)
 
 # %% ../nbs/02_loss.ipynb #efdf8b71
-def _kl_(z, zt, t, T):
-    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities"
-    agree = z.argmax(-1)==zt.argmax(-1)
+def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
+
+def _kl_(z, zt, t, T, terms=None):
+    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p where there are `terms` to write into"
+    agree,terms = z.argmax(-1)==zt.argmax(-1), zt if terms is None else terms
     for x in (z,zt): torch.log_softmax(x.div_(T), -1, out=x)
-    torch.exp(zt, out=t)
-    kl = zt.sub_(z).mul_(t).sum(-1)
-    return zt.masked_fill_(t==0, 0.).sum(-1) if kl.isnan().any() else kl, agree
+    _exp_(zt, t)
+    kl = torch.mul(zt.sub_(z), t, out=terms).sum(-1)
+    if kl.isfinite().all(): return kl, agree
+    zt.nan_to_num_(0., torch.inf, -torch.inf)
+    return terms.masked_fill_(t<2e-38, 0.).sum(-1), agree
 
 # %% ../nbs/02_loss.ipynb #1340087c
 def _ce_(log_p, q, labels, T):
@@ -152,7 +156,10 @@ class _Dense(NamedTuple):
     rows:int # N
     vocab:int # V
     fill:object # fill(r, zt, low) writes the teacher's logits of rows `r` into `zt`
-    buffers = 2
+    kernel:object=None # None: forward KL; else as `_reverse_`
+
+    @property
+    def buffers(self): return 2 if self.kernel is None else 3 # besides `z`
 
     def kl_(self,
         z:Tensor, # (C, V), the student's logits; left as log p
@@ -161,18 +168,21 @@ class _Dense(NamedTuple):
         low:Tensor, # (C, V) or None, for products in fewer bits
         zt:Tensor, # (C, V), scratch
         t:Tensor, # (C, V), left as the teacher's probabilities
-    )->tuple: # divergence (C,), KL (C,), here the same, top-1 agreement (C,), and what `diff_` will need
+        *spare:Tensor, # (C, V), scratch of a kernel
+    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
         "Divergence of a chunk, in place"
-        kl,agree = _kl_(z, self.fill(r, zt, low), t, T)
-        return kl, kl, agree, t
+        kl,agree = _kl_(z, self.fill(r, zt, low), t, T, *spare)
+        if self.kernel is None: return kl, kl, agree, t
+        d,w,p = self.kernel(zt, z, t, *spare)
+        return d, kl, agree, p.mul_(-w.sum(-1, keepdim=True)).add_(w)
 
     def diff_(self,
         log_p:Tensor, # (C, V), as `kl_` left it; overwritten
         r:slice, # which rows of the target
         state:Tensor, # third result of `kl_`
-    )->Tensor: # (C, V), p - t, in the same storage
+    )->Tensor: # (C, V), p - t in the same storage, or what a kernel has made already
         "Gradient of a chunk, times T, in place"
-        return log_p.exp_().sub_(state)
+        return _exp_(log_p, log_p).sub_(state) if self.kernel is None else state
 
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
@@ -181,9 +191,12 @@ def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', Non
 def _from_head(hT, head, dtype):
     "A target from hidden states and a head"
     b,bend = head.bias, _bend(head)
+    if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
     hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
     def _fill(r, out, low):
         n = out.shape[-1]
+        if dtype==out.dtype: low = None
+        elif low is None or low.dtype!=dtype: low = out.new_empty(out.shape, dtype=dtype)
         return _bend_(_project(hT[r], w[:n], b if b is None else b[:n], low, out), *bend, None)
     return _Dense(len(hT), len(w), _fill)
 
@@ -193,52 +206,37 @@ def _from_logits(zt):
     zt = zt.detach()
     return _Dense(*zt.shape, lambda r, out, low: out.copy_(zt[r,:out.shape[-1]]))
 
-# %% ../nbs/02_loss.ipynb #db02ae93
-class _ByAutograd(NamedTuple):
-    "A target with a logit for every id, and any divergence of logits"
-    rows:int # N
-    vocab:int # V
-    fill:object # as in `_Dense`
-    f:object # called as f(student_logits, teacher_logits, T), returns a number per token
-    buffers = 2
+# %% ../nbs/02_loss.ipynb #a51c0002
+def _reverse_(delta, log_p, t, spare):
+    "Value of reverse KL, its w, and p"
+    w = delta.clamp_(max=80).neg_().mul_(_exp_(log_p, spare))
+    return w.sum(-1), w, spare
 
-    def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left divided by T
-        r:slice, # which rows of the target
-        T:float|Tensor, # temperature, or a column (C, 1) of them
-        low:Tensor, # (C, V) or None, for products in fewer bits
-        _, # (C, V), scratch that is not needed here
-        zt:Tensor, # (C, V), left as the teacher's logits
-    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
-        "Divergence of a chunk, with its graph"
-        T_ = T[:,0] if isinstance(T, Tensor) else T
-        self.fill(r, zt, low)
-        with torch.enable_grad(): d = self.f(x := z.clone().requires_grad_(), zt, T_)
-        if d.shape!=x.shape[:1]: raise ValueError(f"the divergence returned {tuple(d.shape)} for {len(x)} tokens: it must return one number per token")
-        kl,agree = forward_kl(z, zt, T_), z.argmax(-1)==zt.argmax(-1)
-        z.div_(T)
-        return d.detach(), kl, agree, (x,d,T)
-
-    def diff_(self,
-        log_p:Tensor, # (C, V), overwritten
-        r:slice, # which rows of the target
-        state:tuple, # fourth result of `kl_`
-    )->Tensor: # (C, V), the gradient times T, in the same storage
-        "Gradient of a chunk, times T, in place"
-        x,d,T = state
-        return log_p.copy_(torch.autograd.grad(d, x, torch.ones_like(d))[0]).mul_(T)
+_kernels = {forward_kl: None, reverse_kl: _reverse_}
 
 # %% ../nbs/02_loss.ipynb #9aa6cb9c
+def _kernel(divergence):
+    "The kernel of a divergence, its dial turned; None is forward KL"
+    f = _named(divergence)
+    f,kw = (f.func,f.keywords) if isinstance(f, partial) and not f.args else (f,{})
+    if f not in _kernels: raise ValueError(f"no kernel for {getattr(f, '__name__', f)!r}: choose from {', '.join(o.__name__ for o in _kernels)}, or use DistillationLoss")
+    return partial(_kernels[f], **kw) if kw else _kernels[f]
+
 def _as_target(target, divergence, T, V, dtype):
     "What the loop needs to know about a target"
-    f = _named(divergence)
-    if type(target) is tuple: target = _from_head(*target, dtype)
-    elif isinstance(target, Tensor): target = _from_logits(target)
-    else: target.check(T, f, V)
-    return _ByAutograd(*target, f) if isinstance(target, _Dense) and f is not forward_kl else target
+    if type(target) is tuple: return _from_head(*target, dtype)._replace(kernel=_kernel(divergence))
+    if isinstance(target, Tensor): return _from_logits(target)._replace(kernel=_kernel(divergence))
+    target.check(T, _named(divergence), V)
+    return target
 
 # %% ../nbs/02_loss.ipynb #73fd2149
 def _rows(T, r, *col): return T[(r,*col)] if isinstance(T, Tensor) else T
+
+def _adapter(h, lora):
+    "States of a LoRA adapter, s A h, and its B"
+    if lora is None: return None, None
+    A,B,s = lora
+    return s*F.linear(h, A.to(h.dtype)), B
 
 def _unbend_(dz, scale, slope):
     "Gradient through the cap and the scale of a head, in place"
@@ -249,26 +247,29 @@ def _unbend_(dz, scale, slope):
 class _LinearDivergence(torch.autograd.Function):
     "Chunked divergence of a head from a target, its gradient made in the forward pass"
     @staticmethod
-    def forward(ctx, h, W, b, # the student's (N, d_S) hidden states, its head's weight and bias
+    def forward(ctx, h, W, b, u, B, # the student's (N, d_S) hidden states, its head's weight and bias, perhaps an adapter's states (N, r) and weight (V_S, r)
         target, labels, # the teacher's side, and the (N,) ids predicted
         T, kl, ce, bend, # temperature or a column of them, weights of T^2 D and cross-entropy, the head's scale and soft cap
         chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
         "The loss as a sum, per-token statistics, and the gradient kept for later"
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
-        x,w,b_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n]
-        dh,dW,db = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b), ctx.needs_input_grad)]
-        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, labels is not None)
+        x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
+        dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
+        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for i in range(0, N, chunk):
             r = slice(i, min(i+chunk, N))
             t,(z,slope,low,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
-            _bend_(_project(x[r], w, b_, low, z), *bend, slope)
+            _project(x[r], w, b_, low, z)
+            _bend_(z if u is None else z.addmm_(u[r], B_.T), *bend, slope)
             ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more[:target.buffers])
-            if labels is not None: nll[r] = _ce_(z, more[0], labels[r], t)
+            if ce: nll[r] = _ce_(z, more[0], labels[r], t)
             if not any(o is not None for o in grads): continue
             dz = _grad_(target.diff_(z, r, state), *((more[0],labels[r]) if ce else (None,None)), t, kl, ce)
-            _add_grads(_unbend_(dz, bend[0], slope), low, x[r], w, None if dh is None else dh[r], dW, db)
+            _unbend_(dz, bend[0], slope)
+            if u is not None: _add_grads(dz, None, u[r], B_, None if du is None else du[r], dB, None)
+            _add_grads(dz, low, x[r], w, None if dh is None else dh[r], dW, db)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(kls, agree, nll)
         return kl*(ds*_rows(T**2, slice(N), 0)).sum() + ce*nll.sum(), kls, agree, nll
@@ -277,6 +278,7 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, g, *_): # g: gradient of the scalar loss
         "What was kept, times the incoming gradient"
         if torch.is_grad_enabled(): raise RuntimeError("linear_divergence has no second derivative: use DistillationLoss for create_graph=True")
+        if g==1 and not torch._C._autograd._get_current_graph_task_keep_graph(): return *ctx.saved_tensors, *[None]*9
         times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         return *(None if o is None else times(o, g) for o in ctx.saved_tensors), *[None]*9
 
@@ -286,7 +288,7 @@ class LinearDivergence(NamedTuple):
     loss:Tensor # scalar, sum over tokens of kl*T^2*D + ce*CE
     kl:Tensor # (N,), KL(teacher || student) at the temperature of the loss, nats, without T^2, whatever the divergence is
     agree:Tensor # (N,), whether both prefer the same token
-    ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats
+    ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats; zeros where it has no weight
 
 # %% ../nbs/02_loss.ipynb #455a62e4
 def linear_divergence(
@@ -298,28 +300,40 @@ def linear_divergence(
     kl:float=1., # weight of T^2 D
     ce:float=0., # weight of cross-entropy
     chunk:int=256, # C: rows whose logits exist at one time
-    divergence="forward_kl", # D, as in `DistillationLoss`; a sparse target has forward KL only
+    divergence="forward_kl", # D: a name, or one of the functions that have a kernel, perhaps a partial of it; a sparse target has forward KL only
+    teacher_dtype:torch.dtype=None, # type of the product with the teacher's head; None: that of the student's, at least as wide as what is stored
 )->LinearDivergence: # loss is a sum over the N tokens
     "Divergence of a head from a target, plus cross-entropy, without holding the student's logits"
-    h,W,T,pair = student_hidden, student_head.weight, temperature, type(target) is tuple
+    h,W,T,pair = student_hidden, student_head.weight, temperature, type(target) is tuple and teacher_dtype is None
     dev,dtype = h.device.type, reduce(torch.promote_types, (o.dtype for o in (h,W) + ((target[0],target[1].weight) if pair else ())))
     if torch.is_autocast_enabled(dev): dtype = torch.get_autocast_dtype(dev)
     if isinstance(T, Tensor) and T.shape!=(len(h),): raise ValueError(f"temperature has shape {tuple(T.shape)}: pass a number, or one for each of the {len(h)} tokens")
-    target = _as_target(target, divergence, T, len(W), dtype)
+    target = _as_target(target, divergence, T, len(W), teacher_dtype or dtype)
     if target.rows!=len(h): raise ValueError(f"{len(h)} student rows, {target.rows} teacher rows: pass the same target positions of both")
     if ce and labels is None: raise ValueError("ce is not 0: pass labels too")
     if isinstance(T, Tensor): T = T.detach().to(h.device, torch.promote_types(dtype, torch.float32))[:,None]
-    args = h, W, student_head.bias, target, labels, T, kl, ce, _bend(student_head), chunk, dtype
+    args = h, W, student_head.bias, *_adapter(h, getattr(student_head, 'lora', None)), target, labels, T, kl, ce, _bend(student_head), chunk, dtype
     with torch.autocast(dev, enabled=False): loss,kls,agree,nll = _LinearDivergence.apply(*args, torch.is_grad_enabled())
     return LinearDivergence(loss, kls, agree, None if labels is None else nll)
 
 # %% ../nbs/02_loss.ipynb #0833eacb
 class OutputHead(NamedTuple):
-    "An output head: logits are c tanh(s (W h + b)/c)"
+    "An output head: logits are c tanh(s (W h + b)/c), W h perhaps with an adapter"
     weight:Tensor # W, (V, d)
     bias:Tensor|None=None # b, (V,)
     scale:float=1. # s
     softcap:float|None=None # c; None: no cap
+    lora:tuple|None=None # A (r, d), B (V, r) and a number f: W h + f B A h in place of W h
+
+# %% ../nbs/02_loss.ipynb #a51c0042
+def _lora(m):
+    "The linear layer below an output head's adapter, and the adapter: A, B and its factor"
+    if not hasattr(m, 'base_layer'): return m, None
+    k = m.active_adapters[0] if len(getattr(m, 'active_adapters', ()))==1 else None
+    plain = k in getattr(m, 'lora_A', {}) and k not in m.lora_variant and isinstance(m.lora_dropout[k], nn.Identity)
+    if not plain or m.merged or m.disable_adapters or m.lora_bias[k]:
+        raise ValueError("the output head has an adapter that is more than one LoRA without dropout: leave 'lm_head' out of the adapter's target_modules")
+    return m.base_layer, (m.lora_A[k].weight,m.lora_B[k].weight,m.scaling[k])
 
 # %% ../nbs/02_loss.ipynb #43fedbbd
 @torch.no_grad()
@@ -328,12 +342,14 @@ def output_head(
 )->OutputHead: # Its parameters themselves, not copies
     "The output head of `model`, with its scale and its soft cap"
     m,c,seen = model.get_output_embeddings(), model.config.get_text_config(), []
-    if hasattr(m, 'base_layer'): raise ValueError("the output head has an adapter, which this loss would not train: leave 'lm_head' out of the adapter's target_modules")
+    base,lora = _lora(m)
     scale = getattr(c, 'logit_scale', 1.)*getattr(c, 'lm_head_multiplier', 1.)/getattr(c, 'logits_scaling', 1.)
-    head = OutputHead(m.weight, m.bias, scale, getattr(c, 'final_logit_softcapping', None))
+    head = OutputHead(base.weight, base.bias, scale, getattr(c, 'final_logit_softcapping', None), lora)
     hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try: want = model(input_ids=torch.arange(3, device=m.weight.device)[None]).logits.float()
+    try: want = model(input_ids=torch.arange(3, device=base.weight.device)[None]).logits.float()
     finally: hook.remove()
-    off = (_bend_(F.linear(seen[0], m.weight, m.bias).float(), *_bend(head), None) - want).abs().max()/want.abs().max()
+    u,B = _adapter(seen[0], lora)
+    z = F.linear(seen[0], base.weight, base.bias) + (0 if u is None else F.linear(u, B.to(u.dtype)))
+    off = (_bend_(z.float(), *_bend(head), None) - want).abs().max()/want.abs().max()
     if off>.02: raise ValueError(f"the head does not reproduce the model's logits ({off:.0%} off): the model does something to them that is not known here. Use DistillationLoss on its logits")
     return head

@@ -8,7 +8,7 @@ Docs: https://example.org/distill_nb/relations.html.md"""
 __all__ = ['attention_loss', 'check_attention', 'relation_loss', 'capture_qkv', 'uld']
 
 # %% ../nbs/02b_relations.ipynb #5d3719b1
-import contextlib, torch.nn.functional as F
+import contextlib, torch, torch.nn.functional as F
 from .loss import _log_p, _wide, forward_kl
 from .student import decoder_layers
 from torch import Tensor
@@ -25,7 +25,7 @@ def attention_loss(
 )->Tensor: # (B, L), nats per token
     "KL(teacher || student) of where each token looks, in the mean over heads"
     if not len(student_attention) or not len(teacher_attention): raise ValueError(f'no attention maps. {_remedy}')
-    p,t = (_head_mean(o) for o in (student_attention,teacher_attention))
+    p,t = (_head_mean(o) for o in (student_attention,teacher_attention.detach()))
     if p.shape!=t.shape: raise ValueError(f"maps of {tuple(p.shape)} and {tuple(t.shape)}: pass the same tokens through both models")
     log_p,log_t = (o.clamp(min=1e-12).log() for o in (p,t))
     return (t*(log_t - log_p)).sum(-1)
@@ -44,7 +44,7 @@ def _relations(a, heads, mask):
     B,L,d = a.shape
     if d%heads: raise ValueError(f"a width of {d} cannot be cut into {heads} relation heads: choose a number that divides both models' widths of Q, K and V")
     a = _wide(a).view(B, L, heads, d//heads).transpose(1, 2)
-    s = a@a.transpose(-1, -2)/(d//heads)**.5
+    with torch.autocast(a.device.type, enabled=False): s = a@a.transpose(-1, -2)/(d//heads)**.5
     return s if mask is None else s.masked_fill(~mask.bool()[:,None,None], -1e30)
 
 # %% ../nbs/02b_relations.ipynb #5c4429fc

@@ -33,12 +33,14 @@ def student_space(
     "The average row of the student's head under the teacher's distribution"
     (W,b),(scale,cap) = (student_head.weight,student_head.bias),_bend(student_head)
     if cap is not None: raise ValueError("a soft cap bends the logits, so that their mean is no product with h: cache hidden states for this student")
+    if getattr(student_head, 'lora', None) is not None: raise ValueError("the head has an adapter, which trains: this form is for a head that does not")
     n = min(len(W), teacher_logits.shape[-1])
     log_t,kind = _log_p(teacher_logits[:,:n].double(), temperature),_wide(teacher_logits[:0]).dtype
     t = log_t.exp()
     offset = (t*log_t).masked_fill(t==0, 0.).sum(-1)
+    with torch.autocast(t.device.type, enabled=False): mean = scale*(t.to(kind)@W[:n].to(kind))
     if b is not None: offset = offset - scale/temperature*(t@b[:n].double())
-    return StudentSpace(scale*(t.to(kind)@W[:n].to(kind)), offset.to(kind), teacher_logits[:,:n].argmax(-1), n, temperature)
+    return StudentSpace(mean, offset.to(kind), teacher_logits[:,:n].argmax(-1), n, temperature)
 
 # %% ../nbs/02c_student_space.ipynb #ce15a295
 class _Lse(NamedTuple):
@@ -92,6 +94,7 @@ def space_divergence(
     T = temperature
     if T!=target.temperature: raise ValueError(f"this target is for temperature {target.temperature}, not {T}: make it with student_space(..., temperature={T})")
     if any(o is not None and o.requires_grad for o in (student_head.weight,student_head.bias)): raise ValueError("the head trains, and the target was made with the head as it was: freeze it, or cache hidden states")
-    o = linear_divergence(student_hidden, student_head, _Lse(target.top, target.vocab), T, labels, kl, ce, chunk)
-    rest = target.offset - (_wide(student_hidden)*target.mean).sum(-1)/T
+    h = _wide(student_hidden)
+    with torch.autocast(h.device.type, enabled=False): o = linear_divergence(h, student_head, _Lse(target.top, target.vocab), T, labels, kl, ce, chunk)
+    rest = target.offset - (h*target.mean).sum(-1)/T
     return o._replace(loss=o.loss + kl*T**2*rest.sum(), kl=o.kl + rest.detach())

@@ -190,19 +190,28 @@ def test_adapters_below_the_head(kw):
     (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
     same(linear_divergence(h, output_head(m), zt, 2., chunk=3).loss, want, trained(m))
 
-def test_an_adapter_at_the_head_is_added_to_its_weight():
-    "W + s B A is a head as any other, and its gradient goes on to A and B"
-    m,ids,(_,zt) = lora(.3, target_modules=['lm_head']),torch.arange(7)[None],pair(7, 40, 0)
-    o = m.get_output_embeddings()
-    (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
-    W = o.base_layer.weight + o.scaling['default']*o.lora_B['default'].weight@o.lora_A['default'].weight
-    assert len(trained(m))==2
-    same(linear_divergence(h, OutputHead(W), zt, 2., chunk=3).loss, want, trained(m))
-
 @pytest.mark.parametrize('std', [0., .3], ids=['new', 'trained'])
-def test_a_head_with_an_adapter_is_refused(std):
-    "Even one that starts at zero and changes no logits yet: it would never learn"
-    with pytest.raises(ValueError, match='has an adapter'): output_head(lora(std, target_modules=['lm_head']))
+def test_an_adapter_at_the_head_trains_and_no_gradient_is_as_large_as_the_head(std):
+    "W + s B A is never made, and A and B have the gradients that the model would give them"
+    m,ids,(_,zt) = lora(std, target_modules=['lm_head']),torch.arange(7)[None],pair(7, 40, 0)
+    (h,_),(_,want) = (through_model(m, ids, zt) for _ in range(2))
+    head = output_head(m)
+    assert len(trained(m))==2 and not head.weight.requires_grad and all(a is b for a,b in zip(head.lora[:2], trained(m)))
+    for bend in ({}, dict(scale=.7, softcap=4.)):
+        A,B,s = head.lora
+        z = h@(head.weight + s*B@A).T
+        if bend: want = 4*forward_kl(4*(.7*z/4).tanh(), zt, 2.).sum()
+        same(linear_divergence(h, head._replace(**bend), zt, 2., chunk=3).loss, want, trained(m))
+
+def test_finite_differences_of_an_adapter_and_a_cut_vocabulary():
+    (h,W,b),dense,_,T,y = pieces()
+    A,B = (torch.randn(*o, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_() for o in ((2, 3), (11, 2)))
+    def f(h, W, b, A, B): return linear_divergence(h, OutputHead(W, b, .7, 4., (A,B,.5)), dense['head'], T, y, kl=.7, ce=.3, chunk=3).loss
+    assert gradcheck(f, (h, W, b, A, B))
+
+@pytest.mark.parametrize('kw', [dict(use_dora=True), dict(lora_dropout=.1), dict(lora_bias=True)], ids=lambda o: next(iter(o)))
+def test_an_adapter_that_adds_something_else_is_refused(kw):
+    with pytest.raises(ValueError, match='has an adapter'): output_head(lora(target_modules=['lm_head'], **kw))
 
 # Two processes
 
