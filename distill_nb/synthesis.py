@@ -254,7 +254,9 @@ class GrowingLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.space,self.n = [keys, values],keys.shape[2]
 
-    def get_seq_length(self)->int: return self.n # Columns in use
+    def get_seq_length(self)->int: # Columns in use
+        "How long the past is"
+        return self.n
 
 # %% ../nbs/00_synthesis.ipynb #d4e8d20b
 @patch
