@@ -24,7 +24,7 @@ from distill_nb.trainer import Distiller, adamw, kept_memory
 from loss import machine, status, write
 
 V,D = 49152,576
-BARS = dict(hidden=(1.12, .65), topk=(1., None)) # largest ratio to plain of time, and of memory
+BARS = {'hidden': (1.12, .65), 'hidden, bf16 product': (1.12, .65), 'topk': (1., None)} # largest ratio to plain of time, and of memory
 TRL_BARS = 1/1.6,1/3 # largest ratio of hidden to TRL's GKD, of time and of memory
 
 def student(layers):
@@ -56,8 +56,9 @@ def step_fn(a, kind, model):
     else:
         head = Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
         codec = SimpleNamespace(temperatures=torch.tensor([1.]))
-        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=kind, manifest=dict(layers=[])), DistillationLoss(1., 1.))
-        loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, kind, head, a.k)
+        gives,low = kind.split(',')[0],torch.bfloat16 if 'bf16' in kind else None
+        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=low)
+        loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, gives, head, a.k)
     opt = adamw(model.parameters())
     def prepare(B, L):
         b = make(B, L)
@@ -101,7 +102,7 @@ def measure(a, length):
 def bars(a, length, res):
     "Name, value and limit of each bar of one length"
     s0,m0 = res['plain']
-    found = [(f'{k}_{what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
+    found = [(f'{k.replace(", ", "_").replace(" ", "_")}_{what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
     if a.trl: found += [(f'hidden_{what}_of_gkd', h/g, lim) for what,h,g,lim in zip(('time', 'memory'), res['hidden'], res['gkd'], TRL_BARS)]
     return [(f'{n}_{a.batch}x{length}', v, lim) for n,v,lim in found]
 

@@ -97,15 +97,16 @@ class Distiller(nn.Module):
         cache:TeacherCache, # What the teacher said
         loss:DistillationLoss, # Its settings: temperature, alpha, divergence, ce
         projections:dict|None=None, # Student layer to `(teacher layer, ProjectionHead)`; both layers as in `hidden_states`
+        teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: the student's
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
-        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)[2:]
+        self.student,self.cache,self.loss,self.balance,self.bend,self.teacher_dtype = student,cache,loss,1.,output_head(student)[2:],teacher_dtype
         self.layer_map = {s: t for s,(t,_) in (projections or {}).items()}
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
         head = cache.head if cache.gives=='hidden' else Head(None)
-        self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(student.dtype), persistent=False)
+        self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(teacher_dtype or student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
 
 # %% ../nbs/03_trainer.ipynb #71f68e88
@@ -140,8 +141,8 @@ def compare(self:Distiller,
     "The loss on logits"
     s,head = self.loss,Head(self.weight, self.bias) if self.weight is not None else None
     kw = {} if s.divergence=='forward_kl' else dict(divergence=s.divergence)
-    target = teacher_target(self.cache, batch, s.temperature, head)
-    return linear_divergence(h, self.head(), target, s.temperature, labels, kl=kl, ce=s.ce, **kw)
+    target,labels = teacher_target(self.cache, batch, s.temperature, head),labels if s.ce else None
+    return linear_divergence(h, self.head(), target, s.temperature, labels, kl=kl, ce=s.ce, teacher_dtype=self.teacher_dtype, **kw)
 
 # %% ../nbs/03_trainer.ipynb #8ee46bd3
 @patch
@@ -156,7 +157,7 @@ def forward(self:Distiller,
         out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads))
     alpha = s.alpha if self.heads else float(s.alpha>0)
     d = self.compare(h[0][mask], labels[mask], batch, alpha)
-    loss,logit = d.loss,(d.loss.detach()-s.ce*d.ce.sum())/alpha if alpha else s.temperature**2*d.kl.sum()
+    loss,logit = d.loss,(d.loss.detach()-(s.ce*d.ce.sum() if s.ce else 0))/alpha if alpha else s.temperature**2*d.kl.sum()
     if self.heads:
         f = self.features(out.hidden_states, batch, mask).sum()
         loss = loss + (1-alpha)*self.balance*f
