@@ -206,7 +206,7 @@ def score_rows(teacher:TeacherSynthesizer, # Who is asked
     res = {k: [None]*len(exs) for k in (None, *layers)}
     order = sorted(range(len(exs)), key=lambda i: len(exs[i]['input_ids']))
     for idx in chunked(order, batch_size):
-        s = teacher.score(*pad([exs[i]['input_ids'] for i in idx]), layers=layers)
+        s = teacher.score(*pad([exs[i]['input_ids'] for i in idx]), layers=layers, **teacher.inputs([exs[i].get('prompt', '') for i in idx]))
         for k in res:
             h = s['head_input'] if k is None else s['hidden_states'][k]
             for b,i in enumerate(idx): res[k][i] = h[b, exs[i]['prompt_len']-1:len(exs[i]['input_ids'])-1].cpu()
@@ -546,6 +546,7 @@ def _written(teacher, rows, i, g, batch_size):
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write or read, score and store shard `i`; shard 0 also calibrates and stores the codec"
     exs = read_rows(teacher, rows) if m.get('responses')=='given' else _written(teacher, rows, i, m['generation'], batch_size)
+    for e,r in zip(exs, rows): e['prompt'] = r['prompt']
     h,extra = (torch.cat([e['hidden'] for e in exs]), {}) if 'hidden' in exs[0] and not m['layers'] else score_rows(teacher, exs, m['layers'])
     _check_finite(exs, rows, _starts(m['shards'])[i], [h, *extra.values()])
     if i==0: _save_codec(teacher, exs[0], h, path, m)
@@ -689,6 +690,15 @@ def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such
     wide = max(o.shape[-1] for o in parts) if parts[0].dim()>1 else 0
     return torch.cat([F.pad(o, (0, wide-o.shape[-1])) if o.dim()>1 else o for o in parts])
 
+# %% ../nbs/00c_cache.ipynb #398f4148
+@patch
+def inputs(self:TeacherCache,
+    exs:list[dict], # From `cache[i]`
+)->dict: # `{}`, or `dict(inputs=...)` with what the model reads beside tokens
+    "What a batch needs beside tokens: nothing for text"
+    if 'processor' in self.manifest['teacher']: raise ValueError(f'{self.path}: its prompts hold images: open it with ImageCache of chapter 03b')
+    return {}
+
 # %% ../nbs/00c_cache.ipynb #8e93c6f9
 @patch
 def collate(self:TeacherCache,
@@ -701,7 +711,7 @@ def collate(self:TeacherCache,
         n,p = len(e['input_ids']),e['prompt_len']
         labels[b, p-1:n-1] = e['input_ids'][p:]
     return {'input_ids': x, 'attention_mask': mask, 'labels': labels, f'teacher_{self.gives}': join([e[self.gives] for e in exs]),
-        'teacher_layers': {k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']}, 'index': torch.tensor([e['index'] for e in exs])}
+        'teacher_layers': {k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']}, 'index': torch.tensor([e['index'] for e in exs])} | self.inputs(exs)
 
 # %% ../nbs/00c_cache.ipynb #3d1a1db4
 def _damage(path, m):
@@ -799,7 +809,7 @@ def fidelity(self:TeacherCache,
     "What the store lost, measured against the teacher itself"
     _whole(self, 'fidelity')
     exs = [self[i] for i in range(min(n, len(self)))]
-    h,_ = score_rows(teacher, [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in exs])
+    h,_ = score_rows(teacher, [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len'], prompt=e['meta']['prompt']) for e in exs])
     back = torch.cat([e[self.gives] for e in exs])
     if self.gives=='hidden': return {T: mean_kl(h.float(), back.float(), self.head, T) for T in temperatures}
     return {T: kl_nats(self.head(h), back, T).mean().item() for T in temperatures}

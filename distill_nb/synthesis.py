@@ -154,6 +154,14 @@ def encode(self:TeacherSynthesizer,
     msgs = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     return [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids for m in msgs]
 
+# %% ../nbs/00_synthesis.ipynb #a316e6fd
+@patch
+def inputs(self:TeacherSynthesizer,
+    prompts:list, # As for `encode`
+)->dict: # Names and tensors; none for text
+    "What the model reads beside the tokens of a batch"
+    return {}
+
 # %% ../nbs/00_synthesis.ipynb #340b9a10
 def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the training families) or 'ood' (families never trained on); default: all
     n:int=None, # At most so many rows, spread evenly over the families
@@ -239,7 +247,7 @@ class Draw(LogitsProcessor):
 # %% ../nbs/00_synthesis.ipynb #e5de2557
 @patch
 @torch.no_grad()
-def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
+def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, inputs):
     "Responses to one batch of encoded prompts, and the `(R,d)` input of the head at each of their tokens"
     fill = self.tokenizer.pad_token_id or 0
     x,mask = (o.to(self.model.device) for o in pad(ids, value=fill, left=True))
@@ -247,7 +255,7 @@ def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p):
     pick = [TemperatureLogitsWarper(float(temperature)), *nucleus, Draw()] if temperature>0 else []
     with head_input(self.model) as hs:
         out = self.model.generate(input_ids=x, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=self.ends or None,
-            pad_token_id=fill, do_sample=False, logits_processor=LogitsProcessorList(pick))
+            pad_token_id=fill, do_sample=False, logits_processor=LogitsProcessorList(pick), **inputs)
     h = torch.cat([o[:,-1:].cpu() for o in hs], 1) # (B,steps,d)
     rs = [trim(o, set(self.ends)) for o in out[:,x.shape[1]:].tolist()]
     return [(r, o[:len(r)].clone()) for r,o in zip(rs, h)]
@@ -277,7 +285,7 @@ def generate(self:TeacherSynthesizer,
         if len(o)>=room: raise ValueError(f'prompt {i} has {len(o)} tokens and the teacher room for {room}: shorten it or remove that row')
     for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
         n = min(max_new_tokens, room-len(ids[idx[-1]]))
-        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p)
+        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p, self.inputs([prompts[i] for i in idx]))
         for i,(r,h) in zip(idx, rs): res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
     return res
 
@@ -347,12 +355,13 @@ def score(self:TeacherSynthesizer,
     layers:tuple=(), # Hidden states to return: 0 is the embeddings, i the output of block i
     attentions:bool=False, # Return attention maps too?
     logits:bool=False, # Return logits too?
+    **inputs # Of the model beside tokens, from `inputs`
 )->dict: # `head_input (B,L,d)`, `hidden_states {i: (B,L,d)}`, and on request `attentions` (a tuple of `(B,heads,L,L)`), `logits (B,L,V)` fp32
     "One teacher-forced forward pass"
     dev,mask = self.model.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
     kw = dict(use_cache=False, output_hidden_states=bool(layers), output_attentions=attentions)
     with head_input(self.model, skip=True) as h, (eager_attention(self.model) if attentions else contextlib.nullcontext()):
-        out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw)
+        out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw, **inputs)
     if attentions and not out.attentions: raise ValueError("no attention maps: load the teacher with attn_implementation='eager'")
     res = dict(head_input=h[0], hidden_states={i:out.hidden_states[i] for i in layers})
     if attentions: res['attentions'] = out.attentions
@@ -406,7 +415,7 @@ def config_sha256(model:PreTrainedModel, # A causal language model
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"
-    c = self.model.config
-    return dict(model_type=c.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
+    c = self.model.config.get_text_config(decoder=True)
+    return dict(model_type=self.model.config.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
         dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, config=config_sha256(self.model),
         weights=weights_sha256(self.model), tokenizer=tokenizer_sha256(self.tokenizer))
