@@ -6,7 +6,7 @@ Docs: https://example.org/distill_nb/vision.html.md"""
 
 # %% auto #0
 __all__ = ['image_part', 'about', 'messages', 'images_of', 'words', 'image_inputs', 'auto_class', 'ImageTeacher',
-           'processor_sha256', 'ImageCache', 'RelationDistiller', 'merge_adapters']
+           'processor_sha256', 'answer_images', 'ImageCache', 'RelationDistiller', 'merge_adapters']
 
 # %% ../nbs/03b_vision.ipynb #3a8d4551
 import hashlib, json
@@ -120,7 +120,17 @@ def fingerprint(self:ImageTeacher)->dict: # Names and values that must be equal
     "That of a language model, and the processor"
     return super(ImageTeacher, self).fingerprint | dict(processor=processor_sha256(self.processor))
 
-# %% ../nbs/03b_vision.ipynb #7ca7bea6
+# %% ../nbs/03b_vision.ipynb #91b17b44
+def answer_images(path:str|Path, # Folder or hub id
+    prompts:list, # Strings, or lists of messages
+    max_new_tokens:int=64, # Longest answer
+)->list[str]: # One answer for each prompt, without special tokens
+    "Greedy answers about images"
+    t = ImageTeacher(path)
+    exs = t.generate(prompts, max_new_tokens, temperature=0, progress=False)
+    return t.tokenizer.batch_decode([e['input_ids'][e['prompt_len']:] for e in exs], skip_special_tokens=True)
+
+# %% ../nbs/03b_vision.ipynb #2099bdd9
 class ImageCache(TeacherCache):
     "A cache whose prompts hold images"
     def __init__(self,
@@ -138,7 +148,7 @@ class ImageCache(TeacherCache):
         "The pictures of a batch"
         return dict(inputs=image_inputs(self.processor, [e['meta']['prompt'] for e in exs]))
 
-# %% ../nbs/03b_vision.ipynb #c1223a9a
+# %% ../nbs/03b_vision.ipynb #f89be1aa
 class RelationDistiller(Distiller):
     "A `Distiller` whose features are the relations of each response's tokens to one another"
     def __init__(self,
@@ -165,7 +175,7 @@ class RelationDistiller(Distiller):
             return relation_loss(a, b, self.n_heads, mask)[mask]
         return torch.stack([_one(s, batch['teacher_layers'][t]) for s,t in self.layer_map.items()]).mean(0)
 
-# %% ../nbs/03b_vision.ipynb #cd024024
+# %% ../nbs/03b_vision.ipynb #dd49e263
 def merge_adapters(student:PeftModel, # With an adapter for each task; changed in place
     weights:dict[str,float], # Adapter to its weight in the sum
 )->PreTrainedModel: # Without adapters; all its weights train again
