@@ -207,7 +207,8 @@ def score_rows(teacher:TeacherSynthesizer, # Who is asked
     "What the teacher says about each response token of `exs`, in order"
     res = {}
     for idx in by_tokens([len(e['input_ids']) for e in exs], tokens):
-        with inside(teacher.model, attention, relations) as seen: s = teacher.score(*pad([exs[i]['input_ids'] for i in idx]), layers=layers)
+        x,more = pad([exs[i]['input_ids'] for i in idx]),teacher.inputs([exs[i].get('prompt', '') for i in idx])
+        with inside(teacher.model, attention, relations) as seen: s = teacher.score(*x, layers=layers, **more)
         said = {None: s['head_input'], **s['hidden_states'], **{k if '.' in k else f'relation.{k}': v for k,v in seen.items()}}
         for k,o in said.items():
             for b,i in enumerate(idx): res.setdefault(k, [None]*len(exs))[i] = _cut(o[b], exs[i], _is_map(k)).cpu()
@@ -285,7 +286,8 @@ def own_kl(teacher:TeacherSynthesizer, # Who is asked
 )->float: # KL(the model's own logits || those made from `said`) over response tokens, nats per token
     "What the model says itself, against what is held of it"
     x,mask = (o.to(teacher.device) for o in pad([e['input_ids'] for e in exs]))
-    own,head = teacher.model(input_ids=x, attention_mask=mask).logits,head_of(teacher.model)
+    more = teacher.inputs([e.get('prompt', '') for e in exs])
+    own,head = teacher.model(input_ids=x, attention_mask=mask, **more).logits,head_of(teacher.model)
     kl = [kl_nats(_cut(z, e, False), h if h.shape[-1]==z.shape[-1] else head(h.to(z.device))) for z,e,h in zip(own, exs, said)]
     return torch.cat(kl).mean().item()
 
@@ -607,6 +609,7 @@ def _said(teacher, rows, i, m, batch_size):
     if m.get('responses')=='given': exs = read_rows(teacher, rows)
     else: exs = teacher.generate([r['prompt'] for r in rows], g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size,
         progress=False, capture=not twice, layers=() if twice else layers)
+    for e,r in zip(exs, rows): e['prompt'] = r['prompt']
     if 'hidden' in exs[0]: return exs,torch.cat([e['hidden'] for e in exs]),{k: torch.cat([e['layers'][k] for e in exs]) for k in layers}
     return exs,*score_rows(teacher, exs, layers, **inner, tokens=m.get('score_tokens', 2048))
 
@@ -800,6 +803,15 @@ def _inner_batch(exs, where):
     if 'relations' in exs[0]: res['teacher_relations'] = {k: put(torch.cat(of('relations', k)), exs[0]['relations'][k].shape[1]) for k in 'qkv'}
     return res
 
+# %% ../nbs/00c_cache.ipynb #398f4148
+@patch
+def inputs(self:TeacherCache,
+    exs:list[dict], # From `cache[i]`
+)->dict: # `{}`, or `dict(inputs=...)` with what the model reads beside tokens
+    "What a batch needs beside tokens: nothing for text"
+    if 'processor' in self.manifest['teacher']: raise ValueError(f'{self.path}: its prompts hold images: open it with ImageCache of chapter 03b')
+    return {}
+
 # %% ../nbs/00c_cache.ipynb #8e93c6f9
 @patch
 def collate(self:TeacherCache,
@@ -812,7 +824,7 @@ def collate(self:TeacherCache,
         n,p = len(e['input_ids']),e['prompt_len']
         labels[b, p-1:n-1] = e['input_ids'][p:]
     return {'input_ids': x, 'attention_mask': mask, 'labels': labels, f'teacher_{self.gives}': join([e[self.gives] for e in exs]),
-        'teacher_layers': {k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']}, 'index': torch.tensor([e['index'] for e in exs])} | _inner_batch(exs, labels!=-100)
+        'teacher_layers': {k: torch.cat([e['layers'][k] for e in exs]) for k in exs[0]['layers']}, 'index': torch.tensor([e['index'] for e in exs])} | _inner_batch(exs, labels!=-100) | self.inputs(exs)
 
 # %% ../nbs/00c_cache.ipynb #3d1a1db4
 def _damage(path, m):
@@ -910,7 +922,7 @@ def fidelity(self:TeacherCache,
     "What the store lost, measured against the teacher itself"
     _whole(self, 'fidelity')
     exs = [self[i] for i in range(min(n, len(self)))]
-    h,_ = score_rows(teacher, [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in exs])
+    h,_ = score_rows(teacher, [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len'], prompt=e['meta']['prompt']) for e in exs])
     back = torch.cat([e[self.gives] for e in exs])
     if self.gives=='hidden': return {T: mean_kl(h.float(), back.float(), self.head, T) for T in temperatures}
     return {T: kl_nats(self.head(h), back, T).mean().item() for T in temperatures}

@@ -133,7 +133,8 @@ def score_batch(student:PreTrainedModel, # In eval mode
     if not batch.keys() & {'teacher_hidden', 'teacher_logits'}:
         raise ValueError('this cache keeps only a part of each distribution: evaluate on one of hidden states, such as build_cache(teacher, prompts, path)')
     x,mask,labels = (batch[k].to(student.device) for k in ('input_ids', 'attention_mask', 'labels'))
-    with head_input(student, skip=True) as h: student(input_ids=x, attention_mask=mask, use_cache=False)
+    more = {k: v.to(student.device) for k,v in batch.get('inputs', {}).items()}
+    with head_input(student, skip=True) as h: student(input_ids=x, attention_mask=mask, use_cache=False, **more)
     target,own = labels!=-100,head_of(student)
     theirs = batch['teacher_hidden'] if 'teacher_hidden' in batch else batch['teacher_logits']
     parts = [o.split(chunk) for o in (h[0][target], theirs, labels[target])]

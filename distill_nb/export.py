@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from .cache import CacheError, kl_nats, load_json, replace_file, save_json
 from .eval import Report, eval_mode
 from .student import HARD
+from .vision import auto_class
 
 # %% ../nbs/05_export.ipynb #22ecf290
 def bare_model(student:PreTrainedModel, # A model, or a `peft` model around one; not changed
@@ -156,12 +157,13 @@ def export_safetensors(student:PreTrainedModel, # The model, or a `peft` model; 
     path:str|Path, # Folder to make; an earlier export there is replaced
     card:str=None, # Text of the model card, from `model_card`; default: only how to use it
     dtype:torch.dtype=None, # Of the weights; default: as they are
+    processor=None, # Of a model that sees
 )->Path: # The folder
     "Write a Hugging Face folder with the student and nothing else; it appears whole or not at all"
     model = bare_model(student, dtype)
     model.generation_config = generation_config(student, tokenizer)
     with whole_folder(path) as new:
-        for o in (model, tokenizer): o.save_pretrained(new)
+        for o in filter(None, (model, processor, tokenizer)): o.save_pretrained(new)
         (new/'README.md').write_text(card or model_card(), encoding='utf-8')
     return Path(path)
 
@@ -255,7 +257,7 @@ def check_parity(model:PreTrainedModel, # In memory, as it was exported
 )->dict: # `tokens`, `max_abs`, `kl` (mean), `other`, `argmax_equal`, `ids_equal`, `chat_template_equal`, `bos`, and `same_text`: share of texts with the same greedy continuation of 16 tokens
     "Is the folder the model? Raises `ValueError` with what differs"
     equal = tokenizer_differences(tokenizer, AutoTokenizer.from_pretrained(path), [t for t in texts if isinstance(t, str)])
-    other = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
+    other = auto_class(path).from_pretrained(path, dtype=model.dtype).to(model.device)
     rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
     diffs = [logit_differences(model, other, o) for o in rows]
     res = judge(Path(path).name, diffs, allowed(kl, diffs, model, rows), margin, **equal)

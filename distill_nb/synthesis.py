@@ -162,6 +162,14 @@ def encode(self:TeacherSynthesizer,
     msgs = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     return [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids for m in msgs]
 
+# %% ../nbs/00_synthesis.ipynb #a316e6fd
+@patch
+def inputs(self:TeacherSynthesizer,
+    prompts:list, # As for `encode`
+)->dict: # Names and tensors; none for text
+    "What the model reads beside the tokens of a batch"
+    return {}
+
 # %% ../nbs/00_synthesis.ipynb #340b9a10
 def load_prompts(split:str=None, # 'train', 'heldout' (other prompts of the training families) or 'ood' (families never trained on); default: all
     n:int=None, # At most so many rows, spread evenly over the families
@@ -306,9 +314,9 @@ def _ahead(self:TeacherSynthesizer, x, at, layers, **kw):
 
 # %% ../nbs/00_synthesis.ipynb #3799ed26
 @patch
-def _take_in(self:TeacherSynthesizer, ids, layers):
+def _take_in(self:TeacherSynthesizer, ids, layers, see=None):
     "Prompts read in groups: yields their numbers, what `_ahead` gave, and the keys and values of each layer"
-    n,first = shared(ids),DynamicCache()
+    n,first = 0 if see else shared(ids),DynamicCache()
     if n:
         with head_input(self.model, skip=True): self.model(torch.tensor([ids[0][:n]]).to(self.device), past_key_values=first)
     for group in by_tokens([len(o)-n for o in ids]):
@@ -316,20 +324,21 @@ def _take_in(self:TeacherSynthesizer, ids, layers):
         for i,l in enumerate(first.layers): cache.update(*(o.expand(len(group), -1, -1, -1) for o in (l.keys, l.values)), i)
         x,_ = pad([ids[i][n:] for i in group])
         at = torch.tensor([len(ids[i])-n-1 for i in group])
-        yield group,self._ahead(x, at, layers, past_key_values=cache),[(l.keys, l.values) for l in cache.layers]
+        yield group,self._ahead(x, at, layers, past_key_values=cache, **(see(group) if see else {})),[(l.keys, l.values) for l in cache.layers]
 
 # %% ../nbs/00_synthesis.ipynb #59910366
 @patch
-def _side_by_side(self:TeacherSynthesizer, ids, layers):
+def _side_by_side(self:TeacherSynthesizer, ids, layers, see=None):
     "Prompts read: the cache that goes on from their ends, and what `_ahead` gives there"
-    ones,S,space,said = [list(o) for o in dict.fromkeys(map(tuple, ids))],max(map(len, ids))+1,[],[None]*len(ids)
-    for group,(z,hs),past in self._take_in(ones, layers):
+    ones = ids if see else [list(o) for o in dict.fromkeys(map(tuple, ids))]
+    S,space,said = max(map(len, ids))+1,[],[None]*len(ids)
+    for group,(z,hs),past in self._take_in(ones, layers, see):
         space = space or [[o.new_zeros(len(ones), o.shape[1], S, o.shape[3]) for o in kv] for kv in past]
         for r,i in enumerate(group):
             said[i],n = [z[r], *(h[r] for h in hs)],len(ones[i])
             for to,kv in zip(space, past):
                 for a,b in zip(to, kv): a[i,:,-n:] = b[r,:,:n]
-    which = torch.tensor([ones.index(o) for o in ids])
+    which = torch.arange(len(ids)) if see else torch.tensor([ones.index(o) for o in ids])
     z,*hs = (torch.stack(o) for o in zip(*[said[i] for i in which]))
     return Cache(layers=[GrowingLayer(*(o[which] for o in kv)) for kv in space]),z,hs
 
@@ -346,13 +355,14 @@ def pick(z:Tensor, # `(B,V)` logits
 
 # %% ../nbs/00_synthesis.ipynb #e5de2557
 @patch
-def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers):
+def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers, see=None):
     "Token by token: yields the rows still written, a token for each, and what `_ahead` gave before it"
-    cache,z,hs = self._side_by_side(ids, layers)
+    cache,z,hs = self._side_by_side(ids, layers, see)
     lens,rows,ends = torch.tensor([len(o) for o in ids]),torch.arange(len(ids)),torch.tensor(self.ends, dtype=torch.long)
     mask = (torch.arange(max(lens)+1)>max(lens)-lens[:,None]).long()
+    off = torch.tensor(self.model.generation_config.suppress_tokens or [], dtype=torch.long, device=z.device)
     for i in range(max_new_tokens):
-        t = pick(z, torch.rand(len(ids), 1, dtype=torch.float64)[rows].to(z.device), temperature, top_p).cpu()
+        t = pick(z.index_fill(-1, off, -torch.inf), torch.rand(len(ids), 1, dtype=torch.float64)[rows].to(z.device), temperature, top_p).cpu()
         yield rows,t,*hs
         go = ~torch.isin(t, ends)
         if i==max_new_tokens-1 or not go.any(): return
@@ -366,9 +376,9 @@ def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, lay
 # %% ../nbs/00_synthesis.ipynb #b1803240
 @patch
 @torch.no_grad()
-def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers=()):
+def _write(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers=(), see=None):
     "Responses to one batch of encoded prompts, and `(R,d)` of the head's input and of `layers` at each of their tokens"
-    rows,*said = (torch.cat(o).cpu() for o in zip(*self._steps(ids, max_new_tokens, temperature, top_p, layers)))
+    rows,*said = (torch.cat(o).cpu() for o in zip(*self._steps(ids, max_new_tokens, temperature, top_p, layers, see)))
     n,order = rows.bincount(minlength=len(ids)).tolist(),rows.argsort(stable=True)
     t,*hs = (o[order].split(n) for o in said)
     return [(o.tolist(), *(x.clone() for x in h)) for o,*h in zip(t, *hs)]
@@ -408,7 +418,8 @@ def generate(self:TeacherSynthesizer,
         if len(o)>=room: raise ValueError(f'prompt {i} has {len(o)} tokens and the teacher room for {room}: shorten it or remove that row')
     for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
         n = min(max_new_tokens, room-len(ids[idx[-1]]))
-        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p, layers)
+        see = (lambda group: self.inputs([prompts[idx[i]] for i in group])) if self.inputs([prompts[idx[0]]]) else None
+        with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p, layers, see)
         for i,(r,h,*more) in zip(idx, rs):
             res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
             if layers: res[i]['layers'] = dict(zip(layers, more))
@@ -491,12 +502,13 @@ def score(self:TeacherSynthesizer,
     layers:tuple=(), # Hidden states to return: 0 is the embeddings, i the output of block i
     attentions:bool=False, # Return attention maps too?
     logits:bool=False, # Return logits too?
+    **inputs # Of the model beside tokens, from `inputs`
 )->dict: # `head_input (B,L,d)`, `hidden_states {i: (B,L,d)}`, and on request `attentions` (a tuple of `(B,heads,L,L)`), `logits (B,L,V)` fp32
     "One teacher-forced forward pass"
     dev,mask = self.device,torch.ones_like(input_ids) if attention_mask is None else attention_mask
     kw = dict(use_cache=False, output_hidden_states=bool(layers), output_attentions=attentions)
     with head_input(self.model, skip=True) as h, (eager_attention(self.model) if attentions else contextlib.nullcontext()):
-        out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw)
+        out = self.model(input_ids=input_ids.to(dev), attention_mask=mask.to(dev), **kw, **inputs)
     if attentions and not out.attentions: raise ValueError("no attention maps: load the teacher with attn_implementation='eager'")
     res = dict(head_input=h[0], hidden_states={i:out.hidden_states[i] for i in layers})
     if attentions: res['attentions'] = out.attentions
@@ -608,7 +620,7 @@ def config_sha256(model:PreTrainedModel, # A causal language model
 @patch(as_prop=True)
 def fingerprint(self:TeacherSynthesizer)->dict: # Names and values that must be equal
     "What must be equal for two teachers to be the same teacher"
-    c = self.model.config
-    return dict(model_type=c.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
+    c = self.model.config.get_text_config(decoder=True)
+    return dict(model_type=self.model.config.model_type, n_layers=c.num_hidden_layers, hidden_size=c.hidden_size, vocab_size=c.vocab_size,
         dtype=str(self.model.dtype).removeprefix('torch.'), attention=c._attn_implementation, config=config_sha256(self.model),
         weights=weights_sha256(self.model), tokenizer=tokenizer_sha256(self.tokenizer))

@@ -154,7 +154,7 @@ def forward(self:Distiller,
     labels,f,s = batch['labels'],None,self.loss
     mask = labels!=-100
     with head_input(self.student, skip=True) as h:
-        out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads))
+        out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads), **batch.get('inputs', {}))
     alpha = s.alpha if self.heads else float(s.alpha>0)
     d = self.compare(h[0][mask], labels[mask], batch, alpha)
     loss,logit = d.loss,(d.loss.detach()-(s.ce*d.ce.sum() if s.ce else 0))/alpha if alpha else s.temperature**2*d.kl.sum()

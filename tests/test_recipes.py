@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest, torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from distill_nb import recipes
@@ -71,6 +73,37 @@ def pair(tmp_path_factory):
     d = tmp_path_factory.mktemp('models')
     return save_tiny(d/'teacher', 48, 3, 0), save_tiny(d/'student', 32, 2, 1)
 
+def save_seeing(path, width, layers, seed):
+    "A random LLaVA with an eye of one layer and the embedded teacher's tokenizer, on disk"
+    torch.manual_seed(seed)
+    tok = AutoTokenizer.from_pretrained(embedded_teacher())
+    tok.add_tokens(['<image>'], special_tokens=True)
+    chat = "{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type']=='image' else c['text'] }}{% endfor %}\n{% endfor %}"
+    side = dict(height=16, width=16)
+    eye = CLIPImageProcessor(size=side, crop_size=side)
+    proc = LlavaProcessor(eye, tok, patch_size=4, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=chat)
+    text = LlamaConfig(vocab_size=len(tok), hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=2,
+        initializer_range=.15, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1)
+    eye = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    m = LlavaForConditionalGeneration(LlavaConfig(vision_config=eye, text_config=text, image_token_index=len(tok)-1, vision_feature_layer=-1))
+    m.generation_config.suppress_tokens = [len(tok)-1]
+    for o in (m, proc): o.save_pretrained(path)
+    return str(path)
+
+@pytest.fixture(scope='module')
+def seeing(tmp_path_factory):
+    "Folders of a teacher and a student that see, and a file of prompts about drawn pictures"
+    d = tmp_path_factory.mktemp('seeing')
+    rows = []
+    for i,(c,s) in enumerate((c, s) for c in ('red', 'green', 'blue') for s in ('ellipse', 'rectangle')):
+        im = Image.new('RGB', (32, 32), 'white')
+        getattr(ImageDraw.Draw(im), s)((6, 6, 26, 26), fill=c)
+        im.save(d/f'{i}.png')
+        asks = dict(caption='Say what you see.', question='Which colour is it?')
+        rows += [dict(prompt=q, image=str(d/f'{i}.png'), family=k, split='train' if i<4 else 'heldout') for k,q in asks.items()]
+    (d/'images.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    return save_seeing(d/'teacher', 48, 3, 0), save_seeing(d/'student', 32, 2, 1), d/'images.jsonl'
+
 def small(o, pair, out):
     "The content of a file with model ids, sizes, steps, folders and precision changed"
     c = o['distillation']
@@ -81,7 +114,7 @@ def small(o, pair, out):
     c['training']['schedule']['warmup_steps'] = 1
     if 'stages' not in c['training']: c['training']['schedule']['max_steps'] = 4
     for s in c['training'].get('stages', []): s['steps'] = 2
-    if 'stages' in c['training']: c['training']['stages'][0]['unfreeze'] = [[0., 1], [.5, 'all']]
+    if 'unfreeze' in c['training'].get('stages', [{}])[0]: c['training']['stages'][0]['unfreeze'] = [[0., 1], [.5, 'all']]
     c['training']['memory']['mixed_precision'] = 'no'
     c['validation']['eval_frequency'] = 2
     if 'control_steps' in c['training']: c['training']['control_steps'] = 2
@@ -110,6 +143,44 @@ def test_preset_runs_end_to_end(name, pair, tmp_path):
     manifest = load_json(tmp_path/'cache/manifest.json')
     want = dict(edge=('transform', []), low_latency=('hidden', [2]), budget=('topk', []))[name]
     assert (manifest['codec'], manifest['layers'])==want, manifest
+
+def seeing_config(seeing, tmp_path):
+    "The preset `multimodal` on tiny models"
+    *pair,file = seeing
+    o = small(read_yaml(files('distill_nb')/'data/multimodal.yaml')[0], pair, tmp_path)
+    c = o['distillation']
+    c['prompts']['file'],c['training']['control_steps'],c['validation']['answers'] = str(file),8,2
+    c['training']['stages'][0].update(steps=4, lr=2e-2)
+    c['training']['memory'].update(gradient_accumulation=1)
+    return o
+
+def test_multimodal_runs_end_to_end(seeing, tmp_path):
+    config = Config.from_dict(seeing_config(seeing, tmp_path))
+    rep = quiet(run, config, False)
+    assert set(rep.models)=={'teacher', 'start', 'student', 'control', 'adapter caption', 'adapter question'}
+    kls = {n: v['heldout'].kl for n,v in rep.models.items()}
+    assert kls['teacher']<.01 and len(set(kls.values()))==6 and kls['student']<kls['start']
+    rows = load_json(tmp_path/'run/history-student.json')['rows']
+    assert [r['stage'] for r in rows]==['student-caption']*4+['student-question']*4 and all(r['feature']>0 for r in rows)
+    assert rep.at['adapter caption']+rep.at['adapter question']==rep.at['student'] and rep.at['student']==rep.at['control']
+    pixels = 3*16*16*4
+    assert sum(p.stat().st_size for p in (tmp_path/'cache').glob('shard-*'))<12*pixels and 'sha256' in (tmp_path/'cache/shard-00000.json').read_text()
+    assert rep.samples[0]['prompt'].startswith('[') and set(rep.samples[0]['answers'])=={'teacher', 'before', 'after'}
+    m = AutoModelForImageTextToText.from_pretrained(tmp_path/'run/model')
+    assert m.config.text_config.hidden_size==32 and not [k for k,_ in m.named_parameters() if 'lora' in k]
+    assert (tmp_path/'run/model/processor_config.json').exists()
+    with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): again = quiet(run, config, False)
+    assert {n: v['heldout'].kl for n,v in again.models.items()}==kls
+    make_plan(config)
+
+def test_what_images_cannot_do_is_refused_before_anything_runs(seeing, pair, tmp_path):
+    for key,value,want in (('validation.benchmarks', ['arithmetic'], 'validation.benchmarks: is for prompts of text'), ('student.model_id', pair[1], 'does not see'),
+        ('student.lora.tasks', dict(caption=1., other=1.), "no prompt for training is of family 'other'"), ('training.control_steps', 3, 'as many steps as the student: 8, or 0'),
+        ('student.relations.n_heads', 5, '5 does not divide the width of the teacher, 48'), ('prompts.file', 'none.jsonl', 'none.jsonl: no such file')):
+        o = seeing_config(seeing, tmp_path)
+        put(o['distillation'], key, value)
+        with pytest.raises(ValueError, match=want): quiet(lambda: Run(Config.from_dict(o), False).synth())
+    assert not (tmp_path/'cache').exists()
 
 def test_projection_of_low_latency_costs_less_than_two_percent():
     c = preset('low_latency')
@@ -227,6 +298,7 @@ HYBRID = {'student.projection': dict(teacher_dim=48, student_dim=32), 'training.
 STAGES = [dict(steps=3), dict(kind='features', steps=4, loss=dict(alpha=.5))]
 def staged(i=0, **k): return {'training.schedule': {}, 'training.stages': [STAGES[0]|k, STAGES[1]] if i==0 else [STAGES[0], STAGES[1]|k], 'student.projection': HYBRID['student.projection']}
 PRUNE = {'student': dict(prune=dict(n_layers=2))}
+RELATIONS = {'student.relations': dict(n_heads=8), 'training.schedule': {}, 'training.stages': [dict(kind='relations', steps=3, loss=dict(alpha=.5))]}
 STOP = {'validation.eval_frequency': 1}
 
 # key: what else the file must say, the value, what sees it, and what is seen
@@ -240,10 +312,12 @@ EFFECTS = {
     'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
     'student.prune.intermediate_size': (PRUNE, 64, lambda r: r.load_student(r.start()).config.intermediate_size, 64),
     'student.prune.num_attention_heads': (PRUNE, 1, pruned(lambda a: a[3], 'prune_width'), 1),
-    'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.in_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.out_features, 32),
-    'student.projection.use_layernorm': (HYBRID, False, lambda r: type(wide(r).norm), torch.nn.Identity), 'student.projection.n_layers': (HYBRID, 5, lambda r: len(r.layer_map(30, 20)), 5),
+    'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.out_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.in_features, 32),
+    'student.projection.use_layernorm': (HYBRID, False, lambda r: type(wide(r).norm), torch.nn.Identity), 'student.projection.n_layers': (HYBRID, 5, lambda r: len(r.layer_map(30, 20, r.config.student.projection)), 5),
+    'student.relations.n_heads': (RELATIONS, 16, tr(lambda t: t.distiller.n_heads), 16), 'student.relations.n_layers': (RELATIONS, 5, lambda r: len(r.layer_map(30, 20, r.config.student.relations)), 5),
     'student.freeze_below': ({}, 1, tr(lambda t: any('layers.0.' in n for n in t.names)), False),
     'student.lora.r': ({}, 3, lambda r: r.learner().peft_config['default'].r, 3), 'student.lora.alpha': ({}, 5., lambda r: r.learner().peft_config['default'].lora_alpha, 5.),
+    'student.lora.tasks': ({}, dict(classify=.5, compare=.5), lambda r: [Path(t.out).name for t in fitted(r, lambda r: r.learn_tasks(r.learner(), r.learn, False))], ['student-classify', 'student-compare']),
     'student.unfreeze': ({}, [[0., 1], [.5, 'all']], stage('unfreeze'), [(0., 1), (.5, 'all')]),
     'training.loss.type': (HYBRID, 'hybrid', tr(lambda t: len(t.distiller.heads)), 1), 'training.loss.temperature': ({}, 3., stage('temperature'), 3.), 'training.loss.alpha': (HYBRID, .25, stage('alpha'), .25),
     'training.loss.divergence': ({}, 'jsd', stage('divergence'), 'jsd'), 'training.loss.ce': ({}, .5, stage('ce'), .5),
