@@ -49,12 +49,13 @@ def hidden_loss(
 
 # %% ../nbs/02_loss.ipynb #533288e1
 _divergences = dict(forward_kl=forward_kl, reverse_kl=reverse_kl)
+_across = set() # those of two vocabularies that have nothing to do with one another
 
 def _named(divergence):
     "A divergence by its name, or itself"
     if callable(divergence): return divergence
     if divergence in _divergences: return _divergences[divergence]
-    raise ValueError(f"divergence {divergence!r}: choose from {', '.join(_divergences)}, or pass a function. jsd, skew_kl and tvd have names once distill_nb.divergences is imported")
+    raise ValueError(f"divergence {divergence!r}: choose from {', '.join(_divergences)}, or pass a function. jsd, skew_kl and tvd have names once distill_nb.divergences is imported, uld once distill_nb.relations is")
 
 # %% ../nbs/02_loss.ipynb #61604a5e
 class DistillationLoss(nn.Module):
@@ -84,9 +85,10 @@ def forward(self:DistillationLoss,
     if self.ce and labels is None: raise ValueError("ce is not 0: pass labels too")
     m = torch.ones_like(student_logits[...,0], dtype=torch.bool) if mask is None else mask.bool()
     if labels is not None: m = m & (labels!=-100)
-    n,mean = min(student_logits.shape[-1], teacher_logits.shape[-1]), lambda x: x.sum()/m.sum().clamp(min=1)
+    f = _named(self.divergence)
+    n,mean = None if f in _across else min(student_logits.shape[-1], teacher_logits.shape[-1]), lambda x: x.sum()/m.sum().clamp(min=1)
     z,zt = student_logits[m][:,:n], teacher_logits[m][:,:n].detach()
-    loss = self.temperature**2*mean(_named(self.divergence)(z, zt, self.temperature))
+    loss = self.temperature**2*mean(f(z, zt, self.temperature))
     if student_hidden is not None: loss = self._mix(loss, mean(hidden_loss(student_hidden[m], teacher_hidden[m])))
     return loss + self.ce*mean(F.cross_entropy(_wide(z), labels[m], reduction='none')) if self.ce else loss
 
@@ -159,7 +161,9 @@ class _Dense(NamedTuple):
     kernel:object=None # None: forward KL; else as `_reverse_`
 
     @property
-    def buffers(self): return 2 if self.kernel is None else 3 # besides `z`
+    def buffers(self)->int: # Tensors (C, V) besides `z`
+        "Scratch that a chunk takes"
+        return 2 if self.kernel is None else 3
 
     def kl_(self,
         z:Tensor, # (C, V), the student's logits; left as log p

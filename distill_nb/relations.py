@@ -9,7 +9,7 @@ __all__ = ['attention_loss', 'check_attention', 'relation_loss', 'capture_qkv', 
 
 # %% ../nbs/02b_relations.ipynb #5d3719b1
 import contextlib, torch, torch.nn.functional as F
-from .loss import _log_p, _wide, forward_kl
+from .loss import _across, _divergences, _log_p, _wide, forward_kl
 from .student import decoder_layers
 from torch import Tensor
 
@@ -85,3 +85,7 @@ def uld(
     p,t = (_log_p(z, temperature).exp().sort(-1, descending=True).values for z in (student_logits,teacher_logits.detach()))
     n = max(p.shape[-1], t.shape[-1])
     return (F.pad(p, (0,n-p.shape[-1])) - F.pad(t, (0,n-t.shape[-1]))).abs().sum(-1)
+
+# %% ../nbs/02b_relations.ipynb #a51c0072
+_divergences.update(uld=uld)
+_across.add(uld)
