@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from .cache import CacheError, TeacherCache, repair_cache
 from .eval import Report, recovered
-from .recipes import Config, Run, caches, check_models, codec, precision, preset, prompt_rows, run, stage_list, tables, tasks, total_steps
+from .recipes import Config, Run, caches, check_models, codec, precision, preset, run, stage_list, tables, tasks, total_steps
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 from .vision import images_of, words
@@ -262,12 +262,12 @@ def make_plan(config:Config, # What is planned
     gbps:float=None, # Bandwidth of its memory, GB/s; default: as in `SPEEDS`
 )->Plan: # Without loading a weight
     "What a run will need"
+    folders = list(caches(config).values())
     (width,bf16),speed = types(config, device),[a or b for a,b in zip((tflops, gbps), SPEEDS[device])]
-    prompts = [30+len(words(r['prompt']))/4+IMAGE_TOKENS*len(images_of(r['prompt'])) for r in prompt_rows(config.prompts)]
+    prompts = [30+len(words(r['prompt']))/4+IMAGE_TOKENS*len(images_of(r['prompt'])) for r in sum(folders, [])]
     n,mean,length = len(prompts),sum(prompts)/len(prompts),round(max(prompts))+config.teacher.synthesis.max_new_tokens
     on,off,s = teacher_memory(config, length, width),student_memory(config, length, bf16),student_sizes(config)
     host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
-    folders = list(caches(config).values())
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     return Plan(on, off, host, disk, seconds(config, n, mean, *speed, width), served(config),
         dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]))

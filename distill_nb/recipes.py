@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig
 
-from .cache import TeacherCache, as_rows, build_cache, load_json, save_json, sha256_json
+from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
 from .benchmarks import NOT_HERE, REASONING, TASKS, run_benchmarks
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
@@ -49,6 +49,7 @@ class Synthesis(Table):
     max_new_tokens:int = Field(512, gt=0) # longest response
     temperature:float = Field(.8, ge=0) # of sampling; 0 is greedy
     batch_size:int = Field(64, gt=0) # prompts written together
+    n_responses:int = Field(1, gt=0) # to each prompt that is trained on
     seed:int = 0
 
 # %% ../nbs/06_recipes.ipynb #aa18dc09
@@ -351,6 +352,7 @@ def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
         (warm>least and 'warmup_steps' in t.schedule.model_fields_set, 'training.schedule.warmup_steps', f'at most max_steps ({n}), got {warm}' if n else f'at most the steps of each stage, got {warm}'),
         (several and t.control_steps not in (0, total_steps(c)), 'training.control_steps', f'with `student.lora.tasks` the control takes as many steps as the student: {total_steps(c)}, or 0'),
         (not several and t.control_steps>same, 'training.control_steps', f'at most max_steps ({n}), got {t.control_steps}' if n else f"at most the steps of the first stage ({one.steps}), which may not be 'on_policy' or have `heads_first`"),
+        (c.teacher.synthesis.n_responses>1 and not c.teacher.synthesis.temperature, 'teacher.synthesis.n_responses', 'at temperature 0 they would all be the same: use a temperature above 0'),
         ('k' in set_ and c.teacher.store!='topk', 'teacher.k', "is for the store 'topk': leave it out"),
         ('nats' in set_ and c.teacher.store!='transform', 'teacher.nats', "is for the store 'transform': leave it out"),
         (c.validation.early_stopping and not c.validation.eval_frequency, 'validation.early_stopping', 'needs `validation.eval_frequency`')]
@@ -530,7 +532,10 @@ def prompt_rows(p:Prompts, # Which, and how many
 # %% ../nbs/06_recipes.ipynb #cf8645db
 def caches(c:Config)->dict[str, list[dict]]: # Folder to its prompts; the last one is judged on
     "The caches of a run"
-    rows,path = prompt_rows(c.prompts),c.teacher.cache_dir
+    k,path = c.teacher.synthesis.n_responses,c.teacher.cache_dir
+    rows = prompt_rows(c.prompts)
+    how_many(rows, k, c.teacher.synthesis.temperature)
+    rows = [o for r in rows for o in repeat_rows([r], k if r['split']=='train' else 1)]
     for k in tasks(c):
         if k and not any(r.get('family')==k for r in rows if r['split']=='train'): raise ValueError(f'student.lora.tasks: no prompt for training is of family {k!r}')
     if c.teacher.store not in SPARSE: return {path: rows}

@@ -308,6 +308,7 @@ EFFECTS = {
     'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
     'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),
     'teacher.synthesis.batch_size': ({}, 3, kw('batch_size'), 3), 'teacher.synthesis.seed': ({}, 5, kw('seed'), 5),
+    'teacher.synthesis.n_responses': ({}, 3, lambda r: [(o['split'], o.get('draw')) for o in given('build_cache', Run.synth)(r)[0][1] if o['split']!='ood'].count(('train', 2)), 8),
     'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
     'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
     'student.prune.intermediate_size': (PRUNE, 64, lambda r: r.load_student(r.start()).config.intermediate_size, 64),
