@@ -140,7 +140,8 @@ def score_batch(student:PreTrainedModel, # In eval mode
     theirs = batch['teacher_hidden'] if 'teacher_hidden' in batch else batch['teacher_logits']
     parts = [o.split(chunk) for o in (h[0][target], theirs, labels[target])]
     logits = head if 'teacher_hidden' in batch else lambda o: o
-    rows = torch.cat([compare_tokens(own(a), logits(b.to(student.device)), y).cpu() for a,b,y in zip(*parts)])
+    with torch.autocast(student.device.type, enabled=False):
+        rows = torch.cat([compare_tokens(own(a), logits(b.to(student.device)), y).cpu() for a,b,y in zip(*parts)])
     return rows.new_zeros(len(x), rows.shape[1]).index_add_(0, target.nonzero()[:,0].cpu(), rows)
 
 # %% ../nbs/04_eval.ipynb #e3d79e8d
@@ -148,7 +149,7 @@ def score_batch(student:PreTrainedModel, # In eval mode
 def evaluate(student:PreTrainedModel, # Any causal language model with the teacher's tokenizer
     cache:TeacherCache, # What the teacher said
     indices:list[int]=None, # Examples to read, such as `cache.select(split='heldout')`; default: all
-    batch_size:int=16, # Examples per forward pass
+    batch_size:int=8, # Examples per forward pass
     progress:bool=False, # Show a bar?
 )->Scores: # In the order of `indices`
     "Compare a student with the teacher on the teacher's text"

@@ -645,6 +645,16 @@ def key(self:Run,
     "What decides over a trained model: teacher, student, training and prompts"
     return sha256_json([self.config.model_dump(mode='json', include={'teacher', 'student', 'training', 'prompts'}), *more])
 
+# %% ../nbs/06_recipes.ipynb #dcb9a3e5
+@patch
+def evaluate(self:Run,
+    model, # Any student
+    idx:list[int], # Examples of `self.judged`
+)->Scores: # In the order of `idx`
+    "`evaluate`, in the precision of training, on the clock"
+    dtype = torch.float16 if self.precision=='fp16' else torch.bfloat16
+    with self.timed('evaluation'), torch.autocast(self.device, dtype, enabled=self.precision!='no'): return evaluate(model, self.judged, idx)
+
 # %% ../nbs/06_recipes.ipynb #e54b9d83
 @patch
 def scores(self:Run,
@@ -658,7 +668,7 @@ def scores(self:Run,
     if model is None: raise ValueError(f'{path} is missing or of another configuration: use another `out` folder')
     if not given: model = model() if callable(model) else self.load_student(model)
     sets = {s: self.judged.select(split=s) for s in SPLITS[1:]}
-    with self.timed('evaluation'): res = {s: evaluate(model, self.judged, idx) for s,idx in sets.items() if idx}
+    res = {s: self.evaluate(model, idx) for s,idx in sets.items() if idx}
     save_json(dict(key=self.key(), weights=weights_sha256(model) if given else '', sets={s: o.to_dict() for s,o in res.items()}), path)
     return res
 
@@ -804,7 +814,7 @@ def held_out(self:Run,
 ):
     "Judge on held-out prompts, keep the best, and stop when patience is out"
     stop,rows = self.config.validation.early_stopping,tr.recorder.rows
-    with self.timed('evaluation'): s = evaluate(tr.distiller.student, self.judged, self.examples(task, 'heldout'))
+    s = self.evaluate(tr.distiller.student, self.examples(task, 'heldout'))
     rows[-1].update(heldout_kl=s.kl, heldout_agreement=s.agreement, heldout_perplexity=s.perplexity)
     if not stop: return
     worse = -s.agreement if stop.metric=='agreement' else s.perplexity if stop.metric=='perplexity' else s.kl
