@@ -9,7 +9,7 @@ __all__ = ['forward_kl', 'reverse_kl', 'hidden_loss', 'DistillationLoss', 'Linea
            'output_head']
 
 # %% ../nbs/02_loss.ipynb #924ac088
-import torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from functools import partial, reduce
 from typing import NamedTuple
@@ -116,11 +116,18 @@ def _bend_(z, scale, cap, slope):
 
 # %% ../nbs/02_loss.ipynb #efdf8b71
 def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
+def _times_(x, f): return x.mul_(f) if isinstance(f, Tensor) or f!=1 else x
+
+def _top(z):
+    "Where the largest logit of each row is"
+    blocks = z.unflatten(-1, (-1, math.gcd(z.shape[-1], 256)))
+    best = blocks.amax(-1).argmax(-1)
+    return best*blocks.shape[-1] + blocks[torch.arange(len(z), device=z.device),best].argmax(-1)
 
 def _kl_(z, zt, t, T, terms=None):
     "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p where there are `terms` to write into"
-    agree,terms = z.argmax(-1)==zt.argmax(-1), zt if terms is None else terms
-    for x in (z,zt): torch.log_softmax(x.div_(T), -1, out=x)
+    agree,terms = _top(z)==_top(zt), zt if terms is None else terms
+    for x in (z,zt): torch.log_softmax(_times_(x, 1/T), -1, out=x)
     _exp_(zt, t)
     kl = torch.mul(zt.sub_(z), t, out=terms).sum(-1)
     if kl.isfinite().all(): return kl, agree
@@ -136,7 +143,7 @@ def _ce_(log_p, q, labels, T):
 # %% ../nbs/02_loss.ipynb #ee1372b4
 def _grad_(d, q, labels, T, kl, ce):
     "Overwrite `d`, which is p - t, with the gradient of `kl`*T^2*KL + `ce`*CE with respect to the logits"
-    dz = d.mul_(kl*T)
+    dz = _times_(d, kl*T)
     if not ce: return dz
     dz.add_(q.exp_(), alpha=ce)
     return dz.scatter_add_(-1, labels[:,None], dz.new_full((len(dz),1), -ce))
@@ -191,12 +198,20 @@ class _Dense(NamedTuple):
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
 
+# %% ../nbs/02_loss.ipynb #1bfddd26
+def _kept(w, dtype):
+    "`w` in another type; a constant remembers it"
+    if w.dtype==dtype or w.requires_grad or w.is_inference(): return w.detach().to(dtype)
+    key = dtype, w._version, w.data_ptr()
+    if getattr(w, '_turned', (None,))[0]!=key: w._turned = key, w.detach().to(dtype)
+    return w._turned[1]
+
 # %% ../nbs/02_loss.ipynb #62b7933b
 def _from_head(hT, head, dtype):
     "A target from hidden states and a head"
     b,bend = head.bias, _bend(head)
     if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
-    hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
+    hT,w = hT.detach().to(dtype), _kept(head.weight, dtype)
     def _fill(r, out, low):
         n = out.shape[-1]
         if dtype==out.dtype: low = None
@@ -257,7 +272,7 @@ class _LinearDivergence(torch.autograd.Function):
         chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
         "The loss as a sum, per-token statistics, and the gradient kept for later"
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
-        x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
+        x,w,b_,u,B_ = h.to(dtype), _kept(W, dtype)[:n], b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
         dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
         types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]

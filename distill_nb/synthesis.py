@@ -7,7 +7,7 @@ Docs: https://example.org/distill_nb/synthesis.html.md"""
 # %% auto #0
 __all__ = ['WHEEL', 'GGUF', 'HUB_ID', 'cache_home', 'sha256_file', 'embedded_teacher', 'TeacherSynthesizer', 'fast_dtype',
            'blank', 'load_prompts', 'head_input', 'pad', 'trim', 'seeded', 'draw', 'GrowingLayer', 'shared',
-           'by_tokens', 'pick', 'context_of', 'check_writer', 'Head', 'here', 'head_of', 'eager_attention',
+           'by_tokens', 'pick', 'closed_up', 'context_of', 'check_writer', 'Head', 'here', 'head_of', 'eager_attention',
            'attention_of', 'check_eager', 'inside', 'weights_sha256', 'tokenizer_sha256', 'config_sha256']
 
 # %% ../nbs/00_synthesis.ipynb #1860475f
@@ -282,10 +282,13 @@ def update(self:GrowingLayer,
 
 @patch
 def batch_select_indices(self:GrowingLayer,
-    indices:Tensor, # Rows to keep: their numbers, or `(B,)` bool
+    indices:Tensor, # Numbers of the rows to keep
 ):
-    "Forget the other rows"
-    self.space = [o[indices.to(o.device)] for o in self.space]
+    "Forget the other rows; those that change their place are copied, the rest stay where they are"
+    ids = indices.to(self.space[0].device)
+    moved = (ids!=torch.arange(len(ids), device=ids.device)).nonzero()[:,0]
+    for o in self.space: o[moved] = o[ids[moved]]
+    self.space = [o[:len(ids)] for o in self.space]
 
 # %% ../nbs/00_synthesis.ipynb #82734236
 def shared(seqs:list, # Lists of token ids
@@ -353,6 +356,15 @@ def pick(z:Tensor, # `(B,V)` logits
     z = z.float()/temperature
     return draw(z if top_p>=1 else TopPLogitsWarper(top_p)(None, z), dart)
 
+# %% ../nbs/00_synthesis.ipynb #479e4b7c
+def closed_up(go:Tensor, # `(B,)` bool: does the row stay?
+)->Tensor: # Numbers of the rows that stay, in their new order
+    "The last ones take the places of those that go"
+    n = int(go.sum())
+    res = torch.arange(n)
+    res[~go[:n]] = go[n:].nonzero()[:,0]+n
+    return res
+
 # %% ../nbs/00_synthesis.ipynb #e5de2557
 @patch
 def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers, see=None):
@@ -367,8 +379,9 @@ def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, lay
         go = ~torch.isin(t, ends)
         if i==max_new_tokens-1 or not go.any(): return
         if not go.all():
-            t,rows,mask = t[go],rows[go],mask[go]
-            cache.batch_select_indices(go)
+            stay = closed_up(go)
+            t,rows,mask = t[stay],rows[stay],mask[stay]
+            cache.batch_select_indices(stay)
         mask,at = F.pad(mask, (0, 1), value=1),(lens[rows]+i)[:,None]
         kw = {k: v.to(self.device) for k,v in dict(attention_mask=mask, position_ids=at).items()}
         z,hs = self._ahead(t[:,None], 0*t, layers, past_key_values=cache, **kw)
