@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/serving.html.md"""
 
 # %% auto #0
 __all__ = ['CHILD', 'DIVIDE', 'WORKER', 'CHATML', 'serve', 'request', 'post', 'gguf_head', 'engine_logits', 'engine_differences',
-           'continue_engine', 'check_gguf', 'time_answer', 'engine', 'peak_memory', 'bench_models', 'bench_table',
-           'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command']
+           'continue_engine', 'check_bos', 'check_gguf', 'time_answer', 'engine', 'peak_memory', 'bench_models',
+           'bench_table', 'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command']
 
 # %% ../nbs/05a_serving.ipynb #edafb58d
 import json, re, shlex, statistics, subprocess, sys, tempfile, time, torch, urllib.request
@@ -97,7 +97,8 @@ def post(url:str, # Of the server
 DIVIDE = ('granite', 'granitemoe', 'granitehybrid')
 
 @lru_cache(maxsize=1)
-def _head(gguf, changed):
+def _read(gguf, changed):
+    "The output head, and whether a BOS is put before a text; None where the file does not say"
     r = GGUFReader(gguf)
     ts,arch = {t.name: t for t in r.tensors},r.fields['general.architecture'].contents()
     deq = lambda t: torch.tensor(dequantize(t.data, t.tensor_type)).float()
@@ -105,12 +106,13 @@ def _head(gguf, changed):
     w,b = deq(ts.get('output.weight', ts['token_embd.weight'])),deq(ts['output.bias']) if 'output.bias' in ts else None
     scale,cap = said('logit_scale') or 1.,said('final_logit_softcapping')
     if arch in DIVIDE: scale = 1/scale
-    return Head(w*scale, b if b is None else b*scale, cap and torch.tensor(cap))
+    add = r.fields.get('tokenizer.ggml.add_bos_token')
+    return Head(w*scale, b if b is None else b*scale, cap and torch.tensor(cap)),add and bool(add.contents())
 
 def gguf_head(gguf:str|Path, # A GGUF file
 )->Head: # In fp32, `weight` is `(V,d)`; not to be written to
     "The output head of a GGUF, dequantised; the embeddings where they are tied"
-    return _head(str(gguf), Path(gguf).stat().st_mtime_ns)
+    return _read(str(gguf), Path(gguf).stat().st_mtime_ns)[0]
 
 def engine_logits(url:str, # Of a server with `states`
     head:Head, # From `gguf_head`
@@ -128,7 +130,7 @@ def engine_differences(url:str, # Of a server
     ids = lambda s: post(url, '/tokenize', content=s, add_special=True, parse_special=True)['tokens']
     chat = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello'), dict(role='user', content='  42 ')]
     said = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template else None
-    same = said is None or post(url, '/apply-template', messages=chat)['prompt']==said
+    same = said is None or ids(post(url, '/apply-template', messages=chat)['prompt'])==tokenizer(said, add_special_tokens=False).input_ids
     bos = tokenizer.bos_token is None or post(url, '/props')['bos_token']==tokenizer.bos_token
     return dict(ids_equal=all(ids(s)==tokenizer(s).input_ids for s in (*HARD, *texts)), chat_template_equal=same, bos=bos)
 
@@ -138,6 +140,16 @@ def continue_engine(url:str, # Of a server
 )->list[int]: # The new ids; the end token ends it, and is left out
     "A greedy continuation by llama.cpp"
     return post(url, '/completion', prompt=ids, n_predict=n, temperature=0, top_k=1, return_tokens=True)['tokens']
+
+# %% ../nbs/05a_serving.ipynb #6a12e011
+def check_bos(gguf:str|Path, # From `export_gguf`, or any other
+    tokenizer:PreTrainedTokenizerBase, # In memory, as it was exported
+):
+    "Does the file say of BOS what the tokenizer does? Raises `ValueError` where it does not"
+    said,does = _read(str(gguf), Path(gguf).stat().st_mtime_ns)[1],tokenizer('Hi').input_ids[:1]==[tokenizer.bos_token_id]
+    if said in (None, does): return
+    raise ValueError(f"""{Path(gguf).name} says add_bos_token={said}, but the tokenizer puts {tokenizer.bos_token if does else 'no BOS'} before a text:
+every prompt would have one token {'less' if does else 'more'} than in training. Set add_bos_token to {str(does).lower()} in the folder's tokenizer_config.json and export again""")
 
 # %% ../nbs/05a_serving.ipynb #c634c513
 @torch.no_grad()
@@ -150,6 +162,7 @@ def check_gguf(model:PreTrainedModel, # In memory, as it was exported
     threads:int=-1, # CPU threads; default: llama.cpp's choice
 )->dict: # As `check_parity`
     "Does llama.cpp do with the file what the model does in memory? Raises `ValueError` with what differs"
+    check_bos(gguf, tokenizer)
     rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
     kw,head = dict(threads=threads, n_ctx=max(map(len, rows))+64),gguf_head(gguf)
     with serve(gguf, **kw) as url:
