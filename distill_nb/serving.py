@@ -7,7 +7,7 @@ Docs: https://example.org/distill_nb/serving.html.md"""
 # %% auto #0
 __all__ = ['CHILD', 'DIVIDE', 'WORKER', 'CHATML', 'serve', 'request', 'post', 'gguf_head', 'engine_logits', 'engine_differences',
            'continue_engine', 'check_bos', 'check_gguf', 'time_answer', 'engine', 'peak_memory', 'bench_models',
-           'bench_table', 'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command']
+           'bench_table', 'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command', 'add_serving']
 
 # %% ../nbs/05a_serving.ipynb #edafb58d
 import json, re, shlex, statistics, subprocess, sys, tempfile, time, torch, urllib.request
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import Question, last_number, tally
+from .cache import replace_file
 from .eval import eval_mode
 from .export import EXTRA, allowed, compare_logits, continue_greedily, judge
 from .student import HARD
@@ -312,6 +313,7 @@ def modelfile(gguf:str|Path, # The file, to lie beside the Modelfile
 
 # %% ../nbs/05a_serving.ipynb #21c757aa
 def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugging Face folder
+    path:str|Path=None, # Where the folder lies for whoever types the command; default: `folder`
 )->str: # The command that serves it, for a shell
     "Does the folder keep vLLM's contract? Raises `ValueError` with what it lacks"
     folder = Path(folder)
@@ -323,4 +325,19 @@ def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugg
         'weights in safetensors': not types, 'weights in BF16, F16 or F32': bool(types-{'BF16', 'F16', 'F32'}),
         'a fast tokenizer': not tok.is_fast, 'a chat template': not tok.chat_template, 'an end token in generation_config.json': g.eos_token_id is None}
     if any(lacks.values()): raise ValueError(f"{folder.name} cannot be served by vLLM as it is; it needs {', '.join(k for k,v in lacks.items() if v)}")
-    return f'vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.max_position_embeddings} --host 127.0.0.1'
+    return f'vllm serve {shlex.quote(str(path or folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.max_position_embeddings} --host 127.0.0.1'
+
+# %% ../nbs/05a_serving.ipynb #6a12e021
+def add_serving(folder:str|Path, # From `export_safetensors`
+    gguf:str|Path=None, # From `export_gguf` of the same folder; without it the card names vLLM alone
+)->str: # What the card says now
+    "How to serve an export, on its model card; and a Modelfile beside its GGUF"
+    folder,card,name = Path(folder),Path(folder)/'README.md',re.sub(r'[^\w.-]+', '-', Path(folder).name)
+    res = f"## How to serve\n\nWith vLLM, inside this folder:\n\n```sh\n{vllm_command(folder, '.')}\n```\n"
+    if gguf:
+        made,text = Path(gguf).with_suffix('.Modelfile'),modelfile(gguf, AutoTokenizer.from_pretrained(folder))
+        replace_file(made, lambda p: p.write_text(text, encoding='utf-8'))
+        res += f"\nWith Ollama, where `{Path(gguf).name}` and its Modelfile are:\n\n```sh\nollama create {name} -f {shlex.quote(made.name)}\nollama run {name}\n```\n"
+    rest = re.sub(r'\n## How to serve\n.*?(?=\n## |\Z)', '', card.read_text(encoding='utf-8'), flags=re.S)
+    replace_file(card, lambda p: p.write_text(f'{rest}\n{res}', encoding='utf-8'))
+    return res
