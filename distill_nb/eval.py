@@ -7,7 +7,7 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 # %% auto #0
 __all__ = ['BINS', 'SETS', 'HEAD', 'MORE', 'CSS', 'Means', 'Scores', 'eval_mode', 'compare_tokens', 'score_batch', 'evaluate',
            'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'recovered', 'better',
-           'Report', 'benchmark_rows', 'benchmark_table', 'level']
+           'Report', 'benchmark_rows', 'benchmark_table', 'benchmark_sources', 'level']
 
 # %% ../nbs/04_eval.ipynb #21087ce8
 import base64, contextlib, io, math, re
@@ -449,6 +449,14 @@ def benchmark_table(results:dict, # Model name to {benchmark: result of `run_ben
     "Benchmarks of several models side by side"
     return _md(('benchmark', 'questions', 'guessing', *results), benchmark_rows(results))
 
+# %% ../nbs/04_eval.ipynb #5d1c0ab4
+def benchmark_sources(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
+)->list[str]: # One sentence for each benchmark that was run and names its source
+    "Where the questions come from"
+    ran = {b: o for r in results.values() for b,o in r.items() if o.get('source')}
+    words = dict(sample='{}', source='source {}', file='file {}', sha256='sha256 {}', how='scored by: {}')
+    return [f"{b}: {', '.join(w.format(o[k]) for k,w in words.items() if o.get(k))}." for b,o in ran.items()]
+
 # %% ../nbs/04_eval.ipynb #0706bf0e
 MORE = ('prompts', 'model', 'top-5 agreement', 'drafts kept', 'ECE', 'confidence less truth')
 
@@ -461,12 +469,12 @@ def _cost(cost):
 def __str__(self:Report):
     parts = [f'# {self.title}', self.table(), '\n'.join(f'- {o}' for o in self.statements())]
     if self.more_rows(): parts.append(_md(MORE, self.more_rows()))
-    if self.benchmarks: parts.append(benchmark_table(self.benchmarks))
+    if self.benchmarks: parts += [benchmark_table(self.benchmarks), '\n'.join(f'- {o}' for o in benchmark_sources(self.benchmarks))]
     if self.cost: parts.append(f'Cost: {_cost(self.cost)}.')
     for o in self.samples:
         parts.append('\n\n'.join(['**Prompt**', indent(o['prompt'], '    ')] + [f'**{n}**\n\n'+indent(t, '    ') for n,t in o['answers'].items()]))
     if self.settings: parts.append(f'```yaml\n{yaml.safe_dump(self.settings)}```')
-    return '\n\n'.join(parts)+'\n'
+    return '\n\n'.join(filter(None, parts))+'\n'
 
 @patch
 def _repr_markdown_(self:Report): return str(self)
@@ -547,7 +555,9 @@ def html(self:Report)->str: # One self-contained page
     if self.baseline: parts.append(_img(self.plot_recovered(), 'Gap recovered by each model with 95% intervals'))
     parts.append(_img(self.plot(), 'KL of every model on every set with 95% intervals, and the training curve'))
     if self.more_rows(): parts += ['<h2>Calibration</h2>', _html(MORE, self.more_rows()), _img(self._calibration(), 'Reliability diagram')]
-    if self.benchmarks: parts += ['<h2>Benchmarks</h2>', _html(('benchmark', 'questions', 'guessing', *self.benchmarks), benchmark_rows(self.benchmarks))]
+    if self.benchmarks:
+        parts += ['<h2>Benchmarks</h2>', _html(('benchmark', 'questions', 'guessing', *self.benchmarks), benchmark_rows(self.benchmarks))]
+        parts.append(f"<ul>{''.join(f'<li>{escape(o)}</li>' for o in benchmark_sources(self.benchmarks))}</ul>")
     if self.cost: parts.append(f'<h2>Cost</h2><p>{escape(_cost(self.cost))}.</p>')
     for o in self.samples: parts.append(f"<h2>Sample</h2><pre>{escape(o['prompt'])}</pre>" + ''.join(f'<h3>{escape(n)}</h3><pre>{escape(t) or "<i>nothing</i>"}</pre>' for n,t in o['answers'].items()))
     if self.settings: parts.append(f'<h2>Settings</h2><pre>{escape(yaml.safe_dump(self.settings))}</pre>')
