@@ -408,6 +408,21 @@ def against_control(self:Report,
     if a is None or b is None: return res+' How many tokens each was trained on is not recorded.'
     return res if abs(a-b)<=.01*b else res+f' They were trained on {a:,} and {b:,} tokens: this is not an equal-token comparison.'
 
+# %% ../nbs/04_eval.ipynb #6a13c011
+@patch
+def against(self:Report,
+    other:Report, # Of another run, judged on the same cache
+)->list[str]: # One sentence for each set that both have
+    "Whose student is closer to the teacher, this report's or the other's?"
+    def _said(s):
+        where,a,b = SETS.get(s, s).capitalize(),self.models[self.student][s],other.models[other.student][s]
+        if (a.index, a.n)!=(b.index, b.n): return f'{where}: judged on other prompts or answers, so which student is better is not known.'
+        r = better(a, b)
+        nats = f"{abs(r['diff']):.3f} nats per token (95% interval of the difference {r['low']:.3f} to {r['high']:.3f})"
+        if r['low']<=0<=r['high']: return f'{where}: no difference between the two students can be shown: {nats}.'
+        return f"{where}: the {'first' if r['low']>0 else 'second'} student is closer to the teacher, by {nats}."
+    return [_said(s) for s in self.sets if s in other.sets]
+
 # %% ../nbs/04_eval.ipynb #228d0c3b
 @patch
 def warnings(self:Report)->list[str]: # Sentences; empty where there is nothing to warn of
