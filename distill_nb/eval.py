@@ -6,11 +6,13 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 
 # %% auto #0
 __all__ = ['BINS', 'SETS', 'HEAD', 'MORE', 'CSS', 'Means', 'Scores', 'eval_mode', 'compare_tokens', 'score_batch', 'evaluate',
-           'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'recovered', 'better',
-           'Report', 'benchmark_rows', 'benchmark_table', 'level']
+           'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'templates',
+           'contamination', 'recovered', 'better', 'Report', 'benchmark_rows', 'benchmark_table', 'benchmark_sources',
+           'level']
 
 # %% ../nbs/04_eval.ipynb #21087ce8
 import base64, contextlib, io, math, re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import TeacherCache, load_json, replace_file, save_json
 from .loss import forward_kl
+from .sources import _grams, _words
 from .synthesis import Head, TeacherSynthesizer, head_input, head_of, pad
 
 # %% ../nbs/04_eval.ipynb #4451e514
@@ -269,7 +272,30 @@ def _asked(teacher, exs):
     return dict(input_ids=x, attention_mask=mask, labels=labels, teacher_hidden=h[labels!=-100])
 
 # %% ../nbs/04_eval.ipynb #07d25a7b
-from .sources import contamination # chkstyle: ignore
+def templates(train:list, # Lists of words, one for each prompt that was trained on
+    evaluation:list, # Lists of words, one for each prompt of an evaluation set
+    n:int=8, # Words in a row
+)->set[tuple]: # Runs of `n` words
+    "What many prompts have in common: a way of asking, and no question"
+    a,b = (Counter(g for o in set(map(tuple, l)) for g in _grams(o, n)) for l in (train, evaluation))
+    return {g for g,k in b.items() if k>1 and k+a[g]>=max(5, (len(train)+len(evaluation))/50)}
+
+# %% ../nbs/04_eval.ipynb #6a13c002
+def _own(words, common, n):
+    "Runs without a word of a template"
+    runs = [tuple(words[i:i+n]) for i in range(len(words)-n+1)]
+    taken = {j for i,o in enumerate(runs) if o in common for j in range(i, i+n)}
+    return {o for i,o in enumerate(runs) if taken.isdisjoint(range(i, i+n))}
+
+def contamination(train:list, # Prompts that were trained on: strings, or lists of messages
+    evaluation:list, # Prompts of an evaluation set; there may be none
+    n:int=8, # Words in a row that may not be shared
+)->dict: # `n`, `prompts` (how many), `shared` (numbers of those that were trained on), `share` (0 to 1)
+    "Evaluation prompts that were trained on, whole or in `n` words in a row outside of templates"
+    a,b = ([_words(o) for o in l] for l in (train, evaluation))
+    common,known,runs = templates(a, b, n),set(map(tuple, a)),set().union(*[_grams(o, n) for o in a])
+    shared = [i for i,o in enumerate(b) if o and (tuple(o) in known or _own(o, common, n) & runs)]
+    return dict(n=n, prompts=len(b), shared=shared, share=len(shared)/max(len(b), 1))
 
 # %% ../nbs/04_eval.ipynb #8964771d
 def recovered(student:Scores, # After distillation
@@ -382,6 +408,21 @@ def against_control(self:Report,
     if a is None or b is None: return res+' How many tokens each was trained on is not recorded.'
     return res if abs(a-b)<=.01*b else res+f' They were trained on {a:,} and {b:,} tokens: this is not an equal-token comparison.'
 
+# %% ../nbs/04_eval.ipynb #6a13c011
+@patch
+def against(self:Report,
+    other:Report, # Of another run, judged on the same cache
+)->list[str]: # One sentence for each set that both have
+    "Whose student is closer to the teacher, this report's or the other's?"
+    def _said(s):
+        where,a,b = SETS.get(s, s).capitalize(),self.models[self.student][s],other.models[other.student][s]
+        if (a.index, a.n)!=(b.index, b.n): return f'{where}: judged on other prompts or answers, so which student is better is not known.'
+        r = better(a, b)
+        nats = f"{abs(r['diff']):.3f} nats per token (95% interval of the difference {r['low']:.3f} to {r['high']:.3f})"
+        if r['low']<=0<=r['high']: return f'{where}: no difference between the two students can be shown: {nats}.'
+        return f"{where}: the {'first' if r['low']>0 else 'second'} student is closer to the teacher, by {nats}."
+    return [_said(s) for s in self.sets if s in other.sets]
+
 # %% ../nbs/04_eval.ipynb #228d0c3b
 @patch
 def warnings(self:Report)->list[str]: # Sentences; empty where there is nothing to warn of
@@ -408,7 +449,7 @@ def absolute(self:Report,
         size = f'{100*abs(over):.0f} points (95% interval of confidence less truth {100*lo:+.0f} to {100*hi:+.0f})'
         if lo>.05: res.append(f'{where}: THE STUDENT IS OVERCONFIDENT by {size}.')
         elif hi<-.05: res.append(f'Warning: {where.lower()}: the student is less sure than it should be, by {size}.')
-    if c and c['shared']: res.append(f"{where}: THE SET IS CONTAMINATED: {len(c['shared'])} of {c['prompts']} prompts share {c['n']} words in a row with a training prompt; its scores flatter.")
+    if c and c['shared']: res.append(f"{where}: THE SET IS CONTAMINATED: {len(c['shared'])} of {c['prompts']} prompts are training prompts, or share {c['n']} words in a row with one; its scores flatter.")
     return res
 
 # %% ../nbs/04_eval.ipynb #75c706a5
@@ -449,6 +490,14 @@ def benchmark_table(results:dict, # Model name to {benchmark: result of `run_ben
     "Benchmarks of several models side by side"
     return _md(('benchmark', 'questions', 'guessing', *results), benchmark_rows(results))
 
+# %% ../nbs/04_eval.ipynb #5d1c0ab4
+def benchmark_sources(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
+)->list[str]: # One sentence for each benchmark that was run and names its source
+    "Where the questions come from"
+    ran = {b: o for r in results.values() for b,o in r.items() if o.get('source')}
+    words = dict(sample='{}', source='source {}', file='file {}', sha256='sha256 {}', how='scored by: {}')
+    return [f"{b}: {', '.join(w.format(o[k]) for k,w in words.items() if o.get(k))}." for b,o in ran.items()]
+
 # %% ../nbs/04_eval.ipynb #0706bf0e
 MORE = ('prompts', 'model', 'top-5 agreement', 'drafts kept', 'ECE', 'confidence less truth')
 
@@ -461,12 +510,12 @@ def _cost(cost):
 def __str__(self:Report):
     parts = [f'# {self.title}', self.table(), '\n'.join(f'- {o}' for o in self.statements())]
     if self.more_rows(): parts.append(_md(MORE, self.more_rows()))
-    if self.benchmarks: parts.append(benchmark_table(self.benchmarks))
+    if self.benchmarks: parts += [benchmark_table(self.benchmarks), '\n'.join(f'- {o}' for o in benchmark_sources(self.benchmarks))]
     if self.cost: parts.append(f'Cost: {_cost(self.cost)}.')
     for o in self.samples:
         parts.append('\n\n'.join(['**Prompt**', indent(o['prompt'], '    ')] + [f'**{n}**\n\n'+indent(t, '    ') for n,t in o['answers'].items()]))
     if self.settings: parts.append(f'```yaml\n{yaml.safe_dump(self.settings)}```')
-    return '\n\n'.join(parts)+'\n'
+    return '\n\n'.join(filter(None, parts))+'\n'
 
 @patch
 def _repr_markdown_(self:Report): return str(self)
@@ -547,7 +596,9 @@ def html(self:Report)->str: # One self-contained page
     if self.baseline: parts.append(_img(self.plot_recovered(), 'Gap recovered by each model with 95% intervals'))
     parts.append(_img(self.plot(), 'KL of every model on every set with 95% intervals, and the training curve'))
     if self.more_rows(): parts += ['<h2>Calibration</h2>', _html(MORE, self.more_rows()), _img(self._calibration(), 'Reliability diagram')]
-    if self.benchmarks: parts += ['<h2>Benchmarks</h2>', _html(('benchmark', 'questions', 'guessing', *self.benchmarks), benchmark_rows(self.benchmarks))]
+    if self.benchmarks:
+        parts += ['<h2>Benchmarks</h2>', _html(('benchmark', 'questions', 'guessing', *self.benchmarks), benchmark_rows(self.benchmarks))]
+        parts.append(f"<ul>{''.join(f'<li>{escape(o)}</li>' for o in benchmark_sources(self.benchmarks))}</ul>")
     if self.cost: parts.append(f'<h2>Cost</h2><p>{escape(_cost(self.cost))}.</p>')
     for o in self.samples: parts.append(f"<h2>Sample</h2><pre>{escape(o['prompt'])}</pre>" + ''.join(f'<h3>{escape(n)}</h3><pre>{escape(t) or "<i>nothing</i>"}</pre>' for n,t in o['answers'].items()))
     if self.settings: parts.append(f'<h2>Settings</h2><pre>{escape(yaml.safe_dump(self.settings))}</pre>')

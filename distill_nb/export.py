@@ -431,11 +431,12 @@ def export_onnx(folder:str|Path, # From `export_safetensors`, or any other Huggi
     path:str|Path, # Folder to make; an earlier export there is replaced
 )->Path: # The folder: `model.onnx` with its weights beside it, configuration and tokenizer
     "An fp32 graph with KV cache for onnxruntime; it appears whole or not at all"
-    try: exporters = importlib.import_module('transformers.exporters')
-    except ImportError as e: raise ImportError(EXTRA) from e
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     x,shapes = _sample(model)
-    with _quiet(): graph = exporters.OnnxExporter().export(model, x, config=exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+    try:
+        exporters = importlib.import_module('transformers.exporters')
+        with _quiet(): graph = exporters.OnnxExporter().export(model, x, config=exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+    except ImportError as e: raise ImportError(EXTRA) from e
     with whole_folder(path) as new:
         for o in (graph, AutoTokenizer.from_pretrained(folder), model.generation_config): o.save_pretrained(new)
     return Path(path)

@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/serving.html.md"""
 
 # %% auto #0
 __all__ = ['CHILD', 'DIVIDE', 'WORKER', 'CHATML', 'serve', 'request', 'post', 'gguf_head', 'engine_logits', 'engine_differences',
-           'continue_engine', 'check_gguf', 'time_answer', 'engine', 'peak_memory', 'bench_models', 'bench_table',
-           'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command']
+           'continue_engine', 'check_bos', 'check_gguf', 'time_answer', 'engine', 'peak_memory', 'bench_models',
+           'bench_table', 'bench_serving', 'is_right', 'ask_endpoint', 'modelfile', 'vllm_command', 'add_serving']
 
 # %% ../nbs/05a_serving.ipynb #edafb58d
 import json, re, shlex, statistics, subprocess, sys, tempfile, time, torch, urllib.request
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import Question, last_number, tally
+from .cache import replace_file
 from .eval import eval_mode
 from .export import EXTRA, allowed, compare_logits, continue_greedily, judge
 from .student import HARD
@@ -97,7 +98,8 @@ def post(url:str, # Of the server
 DIVIDE = ('granite', 'granitemoe', 'granitehybrid')
 
 @lru_cache(maxsize=1)
-def _head(gguf, changed):
+def _read(gguf, changed):
+    "The output head, and whether a BOS is put before a text; None where the file does not say"
     r = GGUFReader(gguf)
     ts,arch = {t.name: t for t in r.tensors},r.fields['general.architecture'].contents()
     deq = lambda t: torch.tensor(dequantize(t.data, t.tensor_type)).float()
@@ -105,12 +107,13 @@ def _head(gguf, changed):
     w,b = deq(ts.get('output.weight', ts['token_embd.weight'])),deq(ts['output.bias']) if 'output.bias' in ts else None
     scale,cap = said('logit_scale') or 1.,said('final_logit_softcapping')
     if arch in DIVIDE: scale = 1/scale
-    return Head(w*scale, b if b is None else b*scale, cap and torch.tensor(cap))
+    add = r.fields.get('tokenizer.ggml.add_bos_token')
+    return Head(w*scale, b if b is None else b*scale, cap and torch.tensor(cap)),add and bool(add.contents())
 
 def gguf_head(gguf:str|Path, # A GGUF file
 )->Head: # In fp32, `weight` is `(V,d)`; not to be written to
     "The output head of a GGUF, dequantised; the embeddings where they are tied"
-    return _head(str(gguf), Path(gguf).stat().st_mtime_ns)
+    return _read(str(gguf), Path(gguf).stat().st_mtime_ns)[0]
 
 def engine_logits(url:str, # Of a server with `states`
     head:Head, # From `gguf_head`
@@ -128,7 +131,7 @@ def engine_differences(url:str, # Of a server
     ids = lambda s: post(url, '/tokenize', content=s, add_special=True, parse_special=True)['tokens']
     chat = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello'), dict(role='user', content='  42 ')]
     said = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template else None
-    same = said is None or post(url, '/apply-template', messages=chat)['prompt']==said
+    same = said is None or ids(post(url, '/apply-template', messages=chat)['prompt'])==tokenizer(said, add_special_tokens=False).input_ids
     bos = tokenizer.bos_token is None or post(url, '/props')['bos_token']==tokenizer.bos_token
     return dict(ids_equal=all(ids(s)==tokenizer(s).input_ids for s in (*HARD, *texts)), chat_template_equal=same, bos=bos)
 
@@ -138,6 +141,16 @@ def continue_engine(url:str, # Of a server
 )->list[int]: # The new ids; the end token ends it, and is left out
     "A greedy continuation by llama.cpp"
     return post(url, '/completion', prompt=ids, n_predict=n, temperature=0, top_k=1, return_tokens=True)['tokens']
+
+# %% ../nbs/05a_serving.ipynb #6a12e011
+def check_bos(gguf:str|Path, # From `export_gguf`, or any other
+    tokenizer:PreTrainedTokenizerBase, # In memory, as it was exported
+):
+    "Does the file say of BOS what the tokenizer does? Raises `ValueError` where it does not"
+    said,does = _read(str(gguf), Path(gguf).stat().st_mtime_ns)[1],tokenizer('Hi').input_ids[:1]==[tokenizer.bos_token_id]
+    if said in (None, does): return
+    raise ValueError(f"""{Path(gguf).name} says add_bos_token={said}, but the tokenizer puts {tokenizer.bos_token if does else 'no BOS'} before a text:
+every prompt would have one token {'less' if does else 'more'} than in training. Set add_bos_token to {str(does).lower()} in the folder's tokenizer_config.json and export again""")
 
 # %% ../nbs/05a_serving.ipynb #c634c513
 @torch.no_grad()
@@ -150,6 +163,7 @@ def check_gguf(model:PreTrainedModel, # In memory, as it was exported
     threads:int=-1, # CPU threads; default: llama.cpp's choice
 )->dict: # As `check_parity`
     "Does llama.cpp do with the file what the model does in memory? Raises `ValueError` with what differs"
+    check_bos(gguf, tokenizer)
     rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
     kw,head = dict(threads=threads, n_ctx=max(map(len, rows))+64),gguf_head(gguf)
     with serve(gguf, **kw) as url:
@@ -299,6 +313,7 @@ def modelfile(gguf:str|Path, # The file, to lie beside the Modelfile
 
 # %% ../nbs/05a_serving.ipynb #21c757aa
 def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugging Face folder
+    path:str|Path=None, # Where the folder lies for whoever types the command; default: `folder`
 )->str: # The command that serves it, for a shell
     "Does the folder keep vLLM's contract? Raises `ValueError` with what it lacks"
     folder = Path(folder)
@@ -310,4 +325,19 @@ def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugg
         'weights in safetensors': not types, 'weights in BF16, F16 or F32': bool(types-{'BF16', 'F16', 'F32'}),
         'a fast tokenizer': not tok.is_fast, 'a chat template': not tok.chat_template, 'an end token in generation_config.json': g.eos_token_id is None}
     if any(lacks.values()): raise ValueError(f"{folder.name} cannot be served by vLLM as it is; it needs {', '.join(k for k,v in lacks.items() if v)}")
-    return f'vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.max_position_embeddings} --host 127.0.0.1'
+    return f'vllm serve {shlex.quote(str(path or folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.max_position_embeddings} --host 127.0.0.1'
+
+# %% ../nbs/05a_serving.ipynb #6a12e021
+def add_serving(folder:str|Path, # From `export_safetensors`
+    gguf:str|Path=None, # From `export_gguf` of the same folder; without it the card names vLLM alone
+)->str: # What the card says now
+    "How to serve an export, on its model card; and a Modelfile beside its GGUF"
+    folder,card,name = Path(folder),Path(folder)/'README.md',re.sub(r'[^\w.-]+', '-', Path(folder).name)
+    res = f"## How to serve\n\nWith vLLM, inside this folder:\n\n```sh\n{vllm_command(folder, '.')}\n```\n"
+    if gguf:
+        made,text = Path(gguf).with_suffix('.Modelfile'),modelfile(gguf, AutoTokenizer.from_pretrained(folder))
+        replace_file(made, lambda p: p.write_text(text, encoding='utf-8'))
+        res += f"\nWith Ollama, where `{Path(gguf).name}` and its Modelfile are:\n\n```sh\nollama create {name} -f {shlex.quote(made.name)}\nollama run {name}\n```\n"
+    rest = re.sub(r'\n## How to serve\n.*?(?=\n## |\Z)', '', card.read_text(encoding='utf-8'), flags=re.S)
+    replace_file(card, lambda p: p.write_text(f'{rest}\n{res}', encoding='utf-8'))
+    return res
