@@ -6,13 +6,11 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 
 # %% auto #0
 __all__ = ['BINS', 'SETS', 'HEAD', 'MORE', 'CSS', 'Means', 'Scores', 'eval_mode', 'compare_tokens', 'score_batch', 'evaluate',
-           'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'templates',
-           'contamination', 'recovered', 'better', 'Report', 'benchmark_rows', 'benchmark_table', 'benchmark_sources',
-           'level']
+           'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'recovered', 'better',
+           'Report', 'benchmark_rows', 'benchmark_table', 'benchmark_sources', 'level']
 
 # %% ../nbs/04_eval.ipynb #21087ce8
 import base64, contextlib, io, math, re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -29,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import TeacherCache, load_json, replace_file, save_json
 from .loss import forward_kl
-from .sources import _grams, _words
 from .synthesis import Head, TeacherSynthesizer, head_input, head_of, pad
 
 # %% ../nbs/04_eval.ipynb #4451e514
@@ -272,30 +269,7 @@ def _asked(teacher, exs):
     return dict(input_ids=x, attention_mask=mask, labels=labels, teacher_hidden=h[labels!=-100])
 
 # %% ../nbs/04_eval.ipynb #07d25a7b
-def templates(train:list, # Lists of words, one for each prompt that was trained on
-    evaluation:list, # Lists of words, one for each prompt of an evaluation set
-    n:int=8, # Words in a row
-)->set[tuple]: # Runs of `n` words
-    "What many prompts have in common: a way of asking, and no question"
-    a,b = (Counter(g for o in set(map(tuple, l)) for g in _grams(o, n)) for l in (train, evaluation))
-    return {g for g,k in b.items() if k>1 and k+a[g]>=max(5, (len(train)+len(evaluation))/50)}
-
-# %% ../nbs/04_eval.ipynb #6a13c002
-def _own(words, common, n):
-    "Runs without a word of a template"
-    runs = [tuple(words[i:i+n]) for i in range(len(words)-n+1)]
-    taken = {j for i,o in enumerate(runs) if o in common for j in range(i, i+n)}
-    return {o for i,o in enumerate(runs) if taken.isdisjoint(range(i, i+n))}
-
-def contamination(train:list, # Prompts that were trained on: strings, or lists of messages
-    evaluation:list, # Prompts of an evaluation set; there may be none
-    n:int=8, # Words in a row that may not be shared
-)->dict: # `n`, `prompts` (how many), `shared` (numbers of those that were trained on), `share` (0 to 1)
-    "Evaluation prompts that were trained on, whole or in `n` words in a row outside of templates"
-    a,b = ([_words(o) for o in l] for l in (train, evaluation))
-    common,known,runs = templates(a, b, n),set(map(tuple, a)),set().union(*[_grams(o, n) for o in a])
-    shared = [i for i,o in enumerate(b) if o and (tuple(o) in known or _own(o, common, n) & runs)]
-    return dict(n=n, prompts=len(b), shared=shared, share=len(shared)/max(len(b), 1))
+from .sources import contamination # chkstyle: ignore
 
 # %% ../nbs/04_eval.ipynb #8964771d
 def recovered(student:Scores, # After distillation

@@ -343,13 +343,14 @@ def _facts(r):
 # %% ../nbs/06a_plan.ipynb #489b47c3
 def compare_reports(paths:list, # Folders of runs or of reports, or `report.json` files
 )->str: # A table in Markdown, one column each
-    "Reports side by side"
+    "Reports side by side, and of two whose student is closer to the teacher"
     rs = [_report(p) for p in paths]
     cols = [_facts(r) for r in rs]
     rows = [('', *map(str, paths)), ('---',)*(len(rs)+1)] + [(k, *(c.get(k, '') for c in cols)) for k in dict.fromkeys(k for c in cols for k in c)]
     judged = [{s: (o.index, o.n) for s,o in r.models[r.student].items()} for r in rs]
     warn = [] if all(o==judged[0] for o in judged) else ['', 'They were judged on other prompts or answers: compare shares of the gap, not KL.']
-    return '\n'.join([f"| {' | '.join(r)} |" for r in rows]+warn)
+    said = [f'- {o}' for o in rs[0].against(rs[1])] if len(rs)==2 else []
+    return '\n'.join([f"| {' | '.join(r)} |" for r in rows]+warn+([''] if said else [])+said)
 
 # %% ../nbs/06a_plan.ipynb #cb233c1b
 COMMANDS = dict(demo='distil the embedded teacher, end with a report', init='write a commented YAML file to start from', plan='say what a file will need, before anything runs',
