@@ -9,8 +9,9 @@ __all__ = ['Plan', 'HIDDEN', 'SPARSE', 'KNOWN', 'SPLITS', 'ANSWER', 'TEACHER_NAM
            'Projection', 'Relations', 'Lora', 'Student', 'Loss', 'Optimizer', 'Schedule', 'Memory', 'Monitor',
            'TrainingStage', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Export', 'Config', 'Loader',
            'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'stage_list', 'tasks', 'total_steps',
-           'stage_rules', 'benchmark_rules', 'rules', 'preset', 'model_path', 'model_config', 'precision', 'sees',
-           'check_images', 'check_models', 'Run', 'machine', 'prompt_rows', 'caches', 'codec', 'run']
+           'stage_rules', 'benchmark_rules', 'rules', 'preset', 'model_path', 'model_config', 'model_tokenizer',
+           'precision', 'sees', 'check_images', 'check_models', 'Run', 'machine', 'prompt_rows', 'caches', 'codec',
+           'run', 'judge_model']
 
 # %% ../nbs/06_recipes.ipynb #b85f9e2a
 import contextlib, difflib, gc, json, platform, re, subprocess, sys, threading, time
@@ -24,7 +25,8 @@ import matplotlib.pyplot as plt, torch, yaml
 from datasets import load_dataset
 from fastcore.basics import patch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
 from .benchmarks import NOT_HERE, REASONING, TASKS, run_benchmarks
@@ -403,7 +405,15 @@ def model_config(model_id:str, # Folder, hub id, or 'embedded'
 )->PretrainedConfig: # Of the language model in it
     "Configuration of a model, without its weights; raises `ValueError` where it cannot be had"
     try: return AutoConfig.from_pretrained(model_path(model_id)).get_text_config(decoder=True)
-    except OSError as e: raise ValueError(f'{model_id}: no such folder, and it cannot be had from the hub: fetch it with `hf download {model_id}` where there is network') from e
+    except (OSError, ValueError) as e:
+        if Path(model_id).exists(): raise ValueError(f'{model_id}: transformers finds no model there: give the folder that holds its config.json') from e
+        raise ValueError(f'{model_id}: no such folder, and it cannot be had from the hub: fetch it with `hf download {model_id}` where there is network') from e
+
+def model_tokenizer(model_id:str, # Folder, hub id, or 'embedded'
+)->PreTrainedTokenizerBase: # As it stands beside the weights
+    "Tokenizer of a model; raises `ValueError` where there is none"
+    try: return AutoTokenizer.from_pretrained(model_path(model_id))
+    except (OSError, ValueError) as e: raise ValueError(f"{model_id}: has no tokenizer that opens: save its own beside the weights, with `tokenizer.save_pretrained('{model_id}')`") from e
 
 # %% ../nbs/06_recipes.ipynb #abcefd3f
 def precision(want:str, # `training.memory.mixed_precision`
@@ -443,7 +453,7 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
     for name,o in (('teacher', t), ('student', m)):
         if s.relations and o.hidden_size%s.relations.n_heads: raise ValueError(f'student.relations.n_heads: {s.relations.n_heads} does not divide the width of the {name}, {o.hidden_size}')
     if sees(config): check_images(config)
-    if s.model_id: check_tokenizers(*[AutoTokenizer.from_pretrained(model_path(o)) for o in (config.teacher.model_id, s.model_id)])
+    if s.model_id: check_tokenizers(*[model_tokenizer(o) for o in (config.teacher.model_id, s.model_id)])
 
 # %% ../nbs/06_recipes.ipynb #e295a7aa
 class Run:
@@ -525,7 +535,8 @@ def prompt_rows(p:Prompts, # Which, and how many
         n,rows = getattr(p, split),[r for r in every if r['split']==split]
         if n is not None and n>len(rows): raise ValueError(f"prompts.{split}: {n} are asked for, and there are {len(rows)}")
         res += rows[:n]
-    if not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
+    if p.train!=0 and not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
+    if not res: raise ValueError(f"prompts: no row has a split to judge on, which are 'heldout', 'ood' and 'domain' ({len(every)} rows read)")
     res = [r if r.get('image') is None else {k: v for k,v in r.items() if k!='image'} | dict(prompt=about(r['image'], r['prompt'])) for r in res]
     return sorted(as_rows([{k: v for k,v in r.items() if k!='image'} for r in res]), key=lambda r: len(str(r['prompt'])))
 
@@ -635,7 +646,9 @@ def load_student(self:Run,
     path:str|Path, # Folder or hub id
 ): # A model in fp32, on the device
     "The student as it is in a folder"
-    return (auto_class(path) if self.sees else AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32).to(self.device)
+    cls = auto_class(path) if self.sees else AutoModelForCausalLM
+    try: return cls.from_pretrained(path, dtype=torch.float32).to(self.device)
+    except (OSError, SafetensorError) as e: raise ValueError(f'{path}: its weights are missing or damaged: fetch or export it again ({e})') from e
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c01
 @patch
@@ -1159,3 +1172,29 @@ def run(config:Config, # What to do
     r = Run(config, progress)
     r.synth()
     return r.finish(r.train())
+
+# %% ../nbs/06_recipes.ipynb #6a5e1c31
+def judge_model(student:str, # Folder, hub id, or 'embedded'
+    against:str='embedded', # Its teacher: the same
+    before:str=None, # The student before it was distilled, where that is at hand
+    prompts:str=None, # JSONL file with a `split` of each `prompt`; default: the package's own
+    tokens:int=128, # Longest response of the teacher
+    out:str='judged', # Folder for cache and report
+    progress:bool=True, # Show bars?
+)->Report: # Also in `out/report`
+    "How near a student is to a teacher, on prompts that are not for training"
+    parts = dict(teacher=dict(model_id=against, cache_dir=f'{out}/cache', synthesis=dict(max_new_tokens=tokens)), student=dict(model_id=student),
+        training=dict(schedule=dict(max_steps=1)), prompts=dict(file=prompts), out=out)
+    c = Config.from_dict(dict(distillation=parts), f'judging {student}')
+    c.prompts.train = 0
+    if before: check_models(c.model_copy(update=dict(student=Student(model_id=before))))
+    r = Run(c, progress)
+    r.synth()
+    found = dict(teacher=r.scores('teacher', r.load_teacher().model))
+    r.free()
+    found |= {n: r.scores(n, r.load_student(model_path(m))) for n,m in dict(before=before, student=student).items() if m}
+    said = dict(student=student, teacher=against, before=before, prompts=prompts or 'those of distill_nb', max_new_tokens=tokens)
+    title = ' against '.join(TEACHER_NAME if o=='embedded' else o for o in (student, against))
+    rep = Report(title, found, 'student', 'before' if before else None, cost=r.cost_table(), settings=dict(judged=said))
+    rep.save(r.out/'report')
+    return rep

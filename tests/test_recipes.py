@@ -15,7 +15,7 @@ from distill_nb import recipes
 from distill_nb.cache import load_json
 from distill_nb.eval import Report
 from distill_nb.plan import main, make_plan, projection_cost
-from distill_nb.recipes import Config, Run, preset, prompt_rows, read_yaml, run, tables
+from distill_nb.recipes import Config, Run, judge_model, preset, prompt_rows, read_yaml, run, tables
 from distill_nb.synthesis import embedded_teacher
 
 TEMPLATE = textwrap.dedent('''\
@@ -181,6 +181,15 @@ def test_what_images_cannot_do_is_refused_before_anything_runs(seeing, pair, tmp
         put(o['distillation'], key, value)
         with pytest.raises(ValueError, match=want): quiet(lambda: Run(Config.from_dict(o), False).synth())
     assert not (tmp_path/'cache').exists()
+
+def test_student_that_sees_is_judged_against_any_teacher(seeing, pair, tmp_path):
+    teacher,student,file = seeing
+    kw = dict(prompts=str(file), tokens=4, out=str(tmp_path/'judged'), progress=False)
+    rep = quiet(lambda: judge_model(student, teacher, **kw))
+    assert set(rep.models)=={'teacher', 'student'} and len(rep.models['student']['heldout'].n)==4
+    assert rep.models['teacher']['heldout'].kl<.01<rep.models['student']['heldout'].kl
+    with pytest.raises(ValueError, match='does not see'): judge_model(pair[1], teacher, **kw | dict(out=str(tmp_path/'none')))
+    assert not (tmp_path/'none').exists()
 
 def test_projection_of_low_latency_costs_less_than_two_percent():
     c = preset('low_latency')
