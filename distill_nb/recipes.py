@@ -27,13 +27,14 @@ from fastcore.basics import patch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
-from .benchmarks import NOT_HERE, REASONING, TASKS, run_benchmarks
+from .benchmarks import NOT_HERE, REASONING, TASKS, load_items, run_benchmarks
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
-from .serving import check_gguf
+from .serving import bench_models, check_gguf
 from .stages import on_policy, self_distill
 from .student import Unfreeze, add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, seeded, weights_sha256
@@ -190,6 +191,7 @@ class Validation(Table):
     early_stopping:EarlyStopping|None = None
     answers:int = Field(5, ge=0) # instructions answered in the report
     own_text:int = Field(0, ge=0) # held-out prompts that the student answers for a KL on its own text; 0: none
+    speed:int = Field(0, ge=0) # held-out prompts that teacher and student answer by the clock, in fp32 on one CPU thread; 0: none
 
 class Prompts(Table):
     "Prompts: the package's own, so many of each split, or a JSONL file with a `split` of each `prompt`"
@@ -432,7 +434,7 @@ def check_images(c:Config): # Raises `ValueError` with the key to change
     "Can teacher, student and plan do with images?"
     v,ids = c.validation,dict(teacher=c.teacher.model_id, student=c.student.model_id)
     done = {s.kind for s in stage_list(c)}&{'self', 'on_policy'}
-    for bad,k in ((c.student.prune, 'student.prune'), (done, 'training.stages'), (v.own_text, 'validation.own_text'), (v.benchmarks, 'validation.benchmarks'),
+    for bad,k in ((c.student.prune, 'student.prune'), (done, 'training.stages'), (v.own_text, 'validation.own_text'), (v.benchmarks, 'validation.benchmarks'), (v.speed, 'validation.speed'),
         (c.export.gguf, 'export.gguf'), (c.export.onnx, 'export.onnx')):
         if bad: raise ValueError(f'{k}: is for prompts of text, and these hold images: leave it out')
     for k,o in ids.items():
@@ -994,7 +996,7 @@ def contaminated(self:Run,
     sets, # Names of splits
 )->dict: # Name of the set to the result of `contamination`
     "Which prompts to judge on repeat prompts to train on"
-    said = lambda p: ' '.join(i['sha256'] for i in images_of(p)) or str(p)
+    said = lambda p: ' '.join(i['sha256'] for i in images_of(p)) or (p if isinstance(p, str) else [m | dict(content=words([m])) for m in p])
     text = {s: [said(o['prompt']) for o in prompt_rows(self.config.prompts) if o['split']==s] for s in ('train', *sets)}
     return {s: contamination(text['train'], text[s]) for s in sets}
 
@@ -1029,6 +1031,16 @@ def benchmarks(self:Run,
     res = self.kept('benchmarks', ask, v.benchmarks, v.limit, {n: weights_sha256(m) for n,m in models.items()})
     self.free()
     return res
+
+# %% ../nbs/06_recipes.ipynb #6a5e3c04
+@patch
+def leaked(self:Run,
+    results:dict, # From `benchmarks`
+)->dict: # Name of each benchmark that was run to the result of `contamination`
+    "Which questions of a benchmark repeat prompts to train on"
+    ran = [b for b,o in next(iter(results.values()), {}).items() if 'n' in o]
+    train = [o['prompt'] for o in prompt_rows(self.config.prompts) if o['split']=='train']
+    return {b: contamination(train, [o[0] for o in load_items(b, self.config.validation.limit)]) for b in ran}
 
 # %% ../nbs/06_recipes.ipynb #8185565f
 @patch
@@ -1077,7 +1089,8 @@ def limits(self:Run,
 )->list[str]: # Sentences
     "What the student is not to be trusted with"
     sizes = ', '.join(f'{len(v.n)} prompts of {s}' for s,v in rep.models[rep.student].items())
-    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
+    seen = [f"Of the benchmark {b} it was trained on {len(o['shared'])} of {o['prompts']} questions, or on something that shares {o['n']} words in a row: that score flatters." for b,o in rep.contamination.items() if b not in rep.sets and o['shared']]
+    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + seen + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
         "It has its teacher's errors and prejudices, and errors of its own. Nothing was done for its safety beyond what the teacher learned."]
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c10
@@ -1115,6 +1128,20 @@ def formats(self:Run,
             print(f'{name}: {err}')
     return res
 
+# %% ../nbs/06_recipes.ipynb #6a5e3c07
+@patch
+def speed(self:Run,
+    folder:Path, # Export of the student
+    *more, # What belongs to it, for `kept`
+)->dict: # 'teacher' and 'student' to the result of `bench_models`; empty where the file does not ask
+    "Teacher and student by the clock, side by side"
+    n = self.config.validation.speed
+    if not n: return {}
+    if not self.cache.tokenizer.chat_template: return dict(not_run='not run: without a chat template there is no answer to be timed')
+    qs = [words(e['meta']['prompt']) for e in self.some('heldout', n) or self.some('train', n)]
+    who = dict(teacher=Path(cached_file(model_path(self.config.teacher.model_id), 'config.json')).parent, student=folder)
+    return self.kept('speed', lambda: bench_models(who, qs, max_tokens=32), qs, *more)
+
 # %% ../nbs/06_recipes.ipynb #893b0cf6
 @patch
 def plot_kl(self:Run)->plt.Axes: # From `Recorder.plot_kl`
@@ -1144,6 +1171,9 @@ def judge(self:Run,
     "Compare, run the benchmarks, and look at the student's own text"
     rep = self.save(self.compare(models))
     rep.benchmarks,rep.own = self.benchmarks(models),self.on_own_text(models['student'])
+    leaks = self.leaked(rep.benchmarks)
+    rep.contamination |= leaks
+    if leaks: rep.settings['benchmark questions trained on'] = {b: f"{len(o['shared'])} of {o['prompts']}" for b,o in leaks.items()}
     return self.save(rep)
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c0e
@@ -1156,6 +1186,7 @@ def finish(self:Run,
     export_safetensors(student, self.cache.tokenizer, final, card=self.card(rep), processor=self.processor)
     check_parity(student, final, [self.cache.tokenizer.decode(self.cache[0]['input_ids'])], self.cache.tokenizer)
     with self.timed('export'): rep.settings['exports'] = self.formats(student, final)
+    if by_clock := self.speed(final, weights_sha256(student)): rep.settings['speed'] = by_clock
     self.save(rep)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     qs = [e['meta']['prompt'] for e in self.some('heldout', k-k//2) + self.some('ood', k//2)]

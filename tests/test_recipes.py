@@ -210,11 +210,13 @@ def test_template_means_what_it_says(tmp_path):
 def test_template_runs_to_a_report(pair, tmp_path):
     (tmp_path/'t.yaml').write_text(TEMPLATE)
     o = small(read_yaml(tmp_path/'t.yaml')[0], pair, tmp_path)
-    o['distillation']['validation'].update(benchmarks=['arithmetic', 'bbh', 'alpaca_eval'], limit=2) # what needs no download
+    o['distillation']['validation'].update(benchmarks=['arithmetic', 'bbh', 'alpaca_eval'], limit=2, speed=1) # what needs no download
     config = Config.from_dict(o)
     rep = quiet(run, config, False)
     assert set(rep.models)=={'teacher', 'start', 'student'} and len(rep.models['student']['heldout'].n)==132 and len(rep.samples)==5
     assert all(set(o)=={'arithmetic', 'bbh', 'alpaca_eval'} and o['arithmetic']['n']==2 for o in rep.benchmarks.values())
+    assert {k: o['engine'] for k,o in rep.settings['speed'].items()}==dict(teacher='transformers', student='transformers')
+    assert all(o['tokens_per_s']>0 and o['first_token_s']>0 for o in rep.settings['speed'].values()) and 'tokens_per_s' in str(rep)
     assert all(rep.benchmarks['student'][k]['not_run'].startswith('not run') for k in ('bbh', 'alpaca_eval'))
     rows = load_json(tmp_path/'run/history-student.json')['rows']
     assert len(rows)==4 and all(len(r['examples'])==16 and r['feature']>0 for r in rows)
@@ -351,6 +353,7 @@ EFFECTS = {
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
     'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
+    'validation.speed': ({}, 2, lambda r: len(given('bench_models', lambda r: r.speed(Path('x')))(r)[0][1]), 2),
     'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5), 'prompts.domain': ({'prompts': dict(file='DOMAIN')}, 1, rows('domain'), 1),
     'export.gguf': ({}, ['q8_0'], lambda r: formats('export_gguf')(r)[-1], 'q8_0'), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
 
