@@ -226,6 +226,7 @@ BROKEN = {'unknown key': ('lr: 2e-5', 'Ir: 2e-5', 'line 23', "did you mean 'lr'?
     'duplicate': ('patience: 3', 'patience: 3\n      patience: 4', 'line 37', 'second time, first in line 36'),
     'python tag': ('max_new_tokens: 512', 'max_new_tokens: !!python/object/apply:os.mkdir [TOUCHED]', 'line 7', 'could not determine a constructor'),
     'indentation': ('  student:', ' student:', 'line 10', ''), 'empty': (TEMPLATE, '', '', 'the file is empty'), 'one comment': (TEMPLATE, '# nothing', '', 'the file is empty'),
+    'tracker': ('    optimizer:', '    trackers: [wandb]\n    optimizer:', 'line 21', 'training.trackers: unknown key: use one of loss, optimizer'),
     'elsewhere': ('type: "adamw"', 'batch_size: 4', 'line 22', "did you mean 'training.memory.batch_size'?")}
 
 @pytest.mark.parametrize('kind', BROKEN)
@@ -305,6 +306,13 @@ def kept_best(r):
     with mock.patch.object(recipes, 'KeepBest') as m, mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
     return m.call_count
 
+def asked_at_the_end(r):
+    "Prompts that the models answer in the report"
+    idle = [mock.patch.multiple(o, **dict.fromkeys(ks, mock.DEFAULT)) for o,ks in
+        ((Run, ('judge', 'card', 'formats', 'speed', 'save')), (recipes, ('export_safetensors', 'check_parity', 'weights_sha256')))]
+    with idle[0], idle[1], mock.patch.object(Run, 'answers', side_effect=Seen) as m, contextlib.suppress(Seen): r.finish(dict(student=None))
+    return len(m.call_args.args[1])
+
 HYBRID = {'student.projection': dict(teacher_dim=48, student_dim=32), 'training.loss': dict(type='hybrid', alpha=.5)}
 STAGES = [dict(steps=3), dict(kind='features', steps=4, loss=dict(alpha=.5))]
 def staged(i=0, **k): return {'training.schedule': {}, 'training.stages': [STAGES[0]|k, STAGES[1]] if i==0 else [STAGES[0], STAGES[1]|k], 'student.projection': HYBRID['student.projection']}
@@ -351,7 +359,7 @@ EFFECTS = {
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
     'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
-    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
+    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, asked_at_the_end, 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
     'validation.speed': ({}, 2, lambda r: len(given('bench_models', lambda r: r.speed(Path('x')))(r)[0][1]), 2),
     'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5), 'prompts.domain': ({'prompts': dict(file='DOMAIN')}, 1, rows('domain'), 1),
