@@ -9,7 +9,7 @@ __all__ = ['FIELDS', 'SHAPES', 'EYES', 'BYTES', 'SPEEDS', 'SHARE', 'IMAGE_TOKENS
            'local_config', 'shape', 'empty_model', 'eyes', 'Sizes', 'student_sizes', 'activations', 'student_memory',
            'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost', 'asked_again', 'seconds', 'Plan', 'types',
            'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init', 'compare_reports', 'parser', 'command',
-           'obstacles', 'both', 'verify', 'look', 'main']
+           'work', 'obstacles', 'both', 'verify', 'look', 'main']
 
 # %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from .cache import CacheError, TeacherCache, repair_cache
 from .eval import Report, recovered
-from .recipes import Config, Run, caches, check_models, codec, precision, preset, run, stage_list, tables, tasks, total_steps
+from .recipes import Config, Run, caches, check_models, codec, judge_model, precision, preset, run, stage_list, tables, tasks, total_steps
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 from .vision import images_of, words
@@ -354,13 +354,16 @@ def compare_reports(paths:list, # Folders of runs or of reports, or `report.json
 
 # %% ../nbs/06a_plan.ipynb #cb233c1b
 COMMANDS = dict(demo='distil the embedded teacher, end with a report', init='write a commented YAML file to start from', plan='say what a file will need, before anything runs',
-    run='do everything that a YAML file says', synth='ask the teacher', train='ask, then train', eval='judge what was trained',
+    run='do everything that a YAML file says', synth='ask the teacher', train='ask, then train', eval='judge what was trained, or any student against any teacher',
     export='write the student as a model folder', stats='size of a cache', verify='check every byte of a cache', compare='reports side by side')
 EPILOG = '''a first run:
   distill init edge             writes edge.yaml, to be read and changed
   distill plan edge.yaml        memory, disk and time, without loading a model
   distill run edge.yaml         from prompts to a report; killed and started again, it goes on
   distill compare one two       two runs side by side
+
+any student:
+  distill eval STUDENT --against TEACHER    two folders, or hub ids, of one tokenizer
 
 presets: '''
 
@@ -373,7 +376,11 @@ ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student
     run=[('path', dict(help='YAML file')), ('--dry-run', dict(action='store_true', help='check everything, print the plan, run nothing'))],
     compare=[('path', dict(nargs='+', help='folder of a run or of a report'))],
     stats=[('path', dict(help='folder of the cache'))],
-    verify=[('path', dict(help='folder of the cache')), ('--repair', dict(metavar='FILE', help='YAML file that it was made by: make again what is damaged'))], **{k: [('path', dict(help='YAML file'))] for k in ('synth', 'train', 'eval', 'export')})
+    verify=[('path', dict(help='folder of the cache')), ('--repair', dict(metavar='FILE', help='YAML file that it was made by: make again what is damaged'))], **{k: [('path', dict(help='YAML file'))] for k in ('synth', 'train', 'export')},
+    eval=[('path', dict(help='YAML file of a run; with --against a student, a folder or hub id')),
+        ('--against', dict(metavar='TEACHER', help="folder, hub id, or 'embedded'")), ('--before', dict(metavar='STUDENT', help='the student before it was distilled, for the share of the gap that was closed')),
+        ('--prompts', dict(metavar='FILE', help="JSONL of prompts with a split each (default: the package's own)")),
+        ('--tokens', dict(type=int, metavar='N', help='longest response of the teacher (default: 128)')), ('--out', dict(help='folder for cache and report (default: judged)'))])
 
 # %% ../nbs/06a_plan.ipynb #d4670f58
 def parser()->argparse.ArgumentParser: # Of the `distill` command
@@ -400,6 +407,19 @@ def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     models = r.train()
     if name=='train': return None
     return r.finish(models) if name=='export' else r.judge(models)
+
+# %% ../nbs/06a_plan.ipynb #6a5e2c02
+def work(a:argparse.Namespace, # From `parser`
+)->tuple[Report|None, str]: # Report where one was made, and the folder of it all
+    "Do a command that asks or trains a model"
+    if a.command=='eval':
+        given = {k: v for k in ('before', 'prompts', 'tokens', 'out') if (v := getattr(a, k)) is not None}
+        if a.against: return judge_model(a.path, a.against, **given),a.out or 'judged'
+        if given: raise ValueError(f'--{next(iter(given))} is for a student without a YAML file: say its teacher too, with --against')
+        if not Path(a.path).is_file(): raise ValueError(f"{a.path}: no YAML file; to judge a student in a folder or on the hub, add --against and its teacher, or 'embedded'")
+    config = preset('demo') if a.command=='demo' else Config.from_yaml(a.path)
+    if a.command=='demo': config.out,config.teacher.cache_dir = a.out,f'{a.out}/cache'
+    return command(a.command, config),config.out
 
 # %% ../nbs/06a_plan.ipynb #378aa5f5
 def obstacles(config:Config, # What is planned
@@ -457,14 +477,12 @@ def main(argv:list[str]=None, # Words of the command line; default: those of thi
     a = parser().parse_args(argv)
     try:
         if a.command in ('init', 'plan', 'stats', 'verify', 'compare') or getattr(a, 'dry_run', False): return look(a)
-        config = preset('demo') if a.command=='demo' else Config.from_yaml(a.path)
-        if a.command=='demo': config.out,config.teacher.cache_dir = a.out,f'{a.out}/cache'
-        rep = command(a.command, config)
+        rep,out = work(a)
     except (ValueError, CacheError, FileNotFoundError, IsADirectoryError, PermissionError) as e:
         print(f'distill: {e}', file=sys.stderr)
         return 1
     if not rep: return 0
-    print(f'\n{rep}\n\nEverything is in {config.out}')
+    print(f'\n{rep}\n\nEverything is in {out}')
     lost = [k for k,v in rep.settings.get('exports', {}).items() if 'failed' in v]
     if lost: print(f"distill: {', '.join(lost)}: not exported, see the end of the report", file=sys.stderr)
     return int(bool(lost))

@@ -9,8 +9,9 @@ __all__ = ['Plan', 'HIDDEN', 'SPARSE', 'KNOWN', 'SPLITS', 'ANSWER', 'TEACHER_NAM
            'Projection', 'Relations', 'Lora', 'Student', 'Loss', 'Optimizer', 'Schedule', 'Memory', 'Monitor',
            'TrainingStage', 'Training', 'EarlyStopping', 'Validation', 'Prompts', 'Export', 'Config', 'Loader',
            'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'stage_list', 'tasks', 'total_steps',
-           'stage_rules', 'benchmark_rules', 'rules', 'preset', 'model_path', 'model_config', 'precision', 'sees',
-           'check_images', 'check_models', 'Run', 'machine', 'prompt_rows', 'caches', 'codec', 'run']
+           'stage_rules', 'benchmark_rules', 'rules', 'preset', 'model_path', 'model_config', 'model_tokenizer',
+           'precision', 'sees', 'check_images', 'check_models', 'Run', 'machine', 'prompt_rows', 'caches', 'codec',
+           'run', 'judge_model']
 
 # %% ../nbs/06_recipes.ipynb #b85f9e2a
 import contextlib, difflib, gc, json, platform, re, subprocess, sys, threading, time
@@ -24,14 +25,16 @@ import matplotlib.pyplot as plt, torch, yaml
 from datasets import load_dataset
 from fastcore.basics import patch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
-from .benchmarks import NOT_HERE, REASONING, TASKS, run_benchmarks
+from .benchmarks import NOT_HERE, REASONING, TASKS, load_items, run_benchmarks
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
-from .serving import check_gguf
+from .serving import bench_models, check_gguf
 from .stages import on_policy, self_distill
 from .student import Unfreeze, add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, seeded, weights_sha256
@@ -188,6 +191,7 @@ class Validation(Table):
     early_stopping:EarlyStopping|None = None
     answers:int = Field(5, ge=0) # instructions answered in the report
     own_text:int = Field(0, ge=0) # held-out prompts that the student answers for a KL on its own text; 0: none
+    speed:int = Field(0, ge=0) # held-out prompts that teacher and student answer by the clock, in fp32 on one CPU thread; 0: none
 
 class Prompts(Table):
     "Prompts: the package's own, so many of each split, or a JSONL file with a `split` of each `prompt`"
@@ -403,7 +407,15 @@ def model_config(model_id:str, # Folder, hub id, or 'embedded'
 )->PretrainedConfig: # Of the language model in it
     "Configuration of a model, without its weights; raises `ValueError` where it cannot be had"
     try: return AutoConfig.from_pretrained(model_path(model_id)).get_text_config(decoder=True)
-    except OSError as e: raise ValueError(f'{model_id}: no such folder, and it cannot be had from the hub: fetch it with `hf download {model_id}` where there is network') from e
+    except (OSError, ValueError) as e:
+        if Path(model_id).exists(): raise ValueError(f'{model_id}: transformers finds no model there: give the folder that holds its config.json') from e
+        raise ValueError(f'{model_id}: no such folder, and it cannot be had from the hub: fetch it with `hf download {model_id}` where there is network') from e
+
+def model_tokenizer(model_id:str, # Folder, hub id, or 'embedded'
+)->PreTrainedTokenizerBase: # As it stands beside the weights
+    "Tokenizer of a model; raises `ValueError` where there is none"
+    try: return AutoTokenizer.from_pretrained(model_path(model_id))
+    except (OSError, ValueError) as e: raise ValueError(f"{model_id}: has no tokenizer that opens: save its own beside the weights, with `tokenizer.save_pretrained('{model_id}')`") from e
 
 # %% ../nbs/06_recipes.ipynb #abcefd3f
 def precision(want:str, # `training.memory.mixed_precision`
@@ -422,7 +434,7 @@ def check_images(c:Config): # Raises `ValueError` with the key to change
     "Can teacher, student and plan do with images?"
     v,ids = c.validation,dict(teacher=c.teacher.model_id, student=c.student.model_id)
     done = {s.kind for s in stage_list(c)}&{'self', 'on_policy'}
-    for bad,k in ((c.student.prune, 'student.prune'), (done, 'training.stages'), (v.own_text, 'validation.own_text'), (v.benchmarks, 'validation.benchmarks'),
+    for bad,k in ((c.student.prune, 'student.prune'), (done, 'training.stages'), (v.own_text, 'validation.own_text'), (v.benchmarks, 'validation.benchmarks'), (v.speed, 'validation.speed'),
         (c.export.gguf, 'export.gguf'), (c.export.onnx, 'export.onnx')):
         if bad: raise ValueError(f'{k}: is for prompts of text, and these hold images: leave it out')
     for k,o in ids.items():
@@ -443,7 +455,7 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
     for name,o in (('teacher', t), ('student', m)):
         if s.relations and o.hidden_size%s.relations.n_heads: raise ValueError(f'student.relations.n_heads: {s.relations.n_heads} does not divide the width of the {name}, {o.hidden_size}')
     if sees(config): check_images(config)
-    if s.model_id: check_tokenizers(*[AutoTokenizer.from_pretrained(model_path(o)) for o in (config.teacher.model_id, s.model_id)])
+    if s.model_id: check_tokenizers(*[model_tokenizer(o) for o in (config.teacher.model_id, s.model_id)])
 
 # %% ../nbs/06_recipes.ipynb #e295a7aa
 class Run:
@@ -525,7 +537,8 @@ def prompt_rows(p:Prompts, # Which, and how many
         n,rows = getattr(p, split),[r for r in every if r['split']==split]
         if n is not None and n>len(rows): raise ValueError(f"prompts.{split}: {n} are asked for, and there are {len(rows)}")
         res += rows[:n]
-    if not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
+    if p.train!=0 and not any(r['split']=='train' for r in res): raise ValueError(f"prompts: no row has split 'train' ({len(res)} rows read)")
+    if not res: raise ValueError(f"prompts: no row has a split to judge on, which are 'heldout', 'ood' and 'domain' ({len(every)} rows read)")
     res = [r if r.get('image') is None else {k: v for k,v in r.items() if k!='image'} | dict(prompt=about(r['image'], r['prompt'])) for r in res]
     return sorted(as_rows([{k: v for k,v in r.items() if k!='image'} for r in res]), key=lambda r: len(str(r['prompt'])))
 
@@ -635,7 +648,9 @@ def load_student(self:Run,
     path:str|Path, # Folder or hub id
 ): # A model in fp32, on the device
     "The student as it is in a folder"
-    return (auto_class(path) if self.sees else AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32).to(self.device)
+    cls = auto_class(path) if self.sees else AutoModelForCausalLM
+    try: return cls.from_pretrained(path, dtype=torch.float32).to(self.device)
+    except (OSError, SafetensorError) as e: raise ValueError(f'{path}: its weights are missing or damaged: fetch or export it again ({e})') from e
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c01
 @patch
@@ -981,7 +996,7 @@ def contaminated(self:Run,
     sets, # Names of splits
 )->dict: # Name of the set to the result of `contamination`
     "Which prompts to judge on repeat prompts to train on"
-    said = lambda p: ' '.join(i['sha256'] for i in images_of(p)) or str(p)
+    said = lambda p: ' '.join(i['sha256'] for i in images_of(p)) or (p if isinstance(p, str) else [m | dict(content=words([m])) for m in p])
     text = {s: [said(o['prompt']) for o in prompt_rows(self.config.prompts) if o['split']==s] for s in ('train', *sets)}
     return {s: contamination(text['train'], text[s]) for s in sets}
 
@@ -1016,6 +1031,16 @@ def benchmarks(self:Run,
     res = self.kept('benchmarks', ask, v.benchmarks, v.limit, {n: weights_sha256(m) for n,m in models.items()})
     self.free()
     return res
+
+# %% ../nbs/06_recipes.ipynb #6a5e3c04
+@patch
+def leaked(self:Run,
+    results:dict, # From `benchmarks`
+)->dict: # Name of each benchmark that was run to the result of `contamination`
+    "Which questions of a benchmark repeat prompts to train on"
+    ran = [b for b,o in next(iter(results.values()), {}).items() if 'n' in o]
+    train = [o['prompt'] for o in prompt_rows(self.config.prompts) if o['split']=='train']
+    return {b: contamination(train, [o[0] for o in load_items(b, self.config.validation.limit)]) for b in ran}
 
 # %% ../nbs/06_recipes.ipynb #8185565f
 @patch
@@ -1064,7 +1089,8 @@ def limits(self:Run,
 )->list[str]: # Sentences
     "What the student is not to be trusted with"
     sizes = ', '.join(f'{len(v.n)} prompts of {s}' for s,v in rep.models[rep.student].items())
-    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
+    seen = [f"Of the benchmark {b} it was trained on {len(o['shared'])} of {o['prompts']} questions, or on something that shares {o['n']} words in a row: that score flatters." for b,o in rep.contamination.items() if b not in rep.sets and o['shared']]
+    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + seen + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
         "It has its teacher's errors and prejudices, and errors of its own. Nothing was done for its safety beyond what the teacher learned."]
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c10
@@ -1102,6 +1128,20 @@ def formats(self:Run,
             print(f'{name}: {err}')
     return res
 
+# %% ../nbs/06_recipes.ipynb #6a5e3c07
+@patch
+def speed(self:Run,
+    folder:Path, # Export of the student
+    *more, # What belongs to it, for `kept`
+)->dict: # 'teacher' and 'student' to the result of `bench_models`; empty where the file does not ask
+    "Teacher and student by the clock, side by side"
+    n = self.config.validation.speed
+    if not n: return {}
+    if not self.cache.tokenizer.chat_template: return dict(not_run='not run: without a chat template there is no answer to be timed')
+    qs = [words(e['meta']['prompt']) for e in self.some('heldout', n) or self.some('train', n)]
+    who = dict(teacher=Path(cached_file(model_path(self.config.teacher.model_id), 'config.json')).parent, student=folder)
+    return self.kept('speed', lambda: bench_models(who, qs, max_tokens=32), qs, *more)
+
 # %% ../nbs/06_recipes.ipynb #893b0cf6
 @patch
 def plot_kl(self:Run)->plt.Axes: # From `Recorder.plot_kl`
@@ -1131,6 +1171,9 @@ def judge(self:Run,
     "Compare, run the benchmarks, and look at the student's own text"
     rep = self.save(self.compare(models))
     rep.benchmarks,rep.own = self.benchmarks(models),self.on_own_text(models['student'])
+    leaks = self.leaked(rep.benchmarks)
+    rep.contamination |= leaks
+    if leaks: rep.settings['benchmark questions trained on'] = {b: f"{len(o['shared'])} of {o['prompts']}" for b,o in leaks.items()}
     return self.save(rep)
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c0e
@@ -1143,6 +1186,7 @@ def finish(self:Run,
     export_safetensors(student, self.cache.tokenizer, final, card=self.card(rep), processor=self.processor)
     check_parity(student, final, [self.cache.tokenizer.decode(self.cache[0]['input_ids'])], self.cache.tokenizer)
     with self.timed('export'): rep.settings['exports'] = self.formats(student, final)
+    if by_clock := self.speed(final, weights_sha256(student)): rep.settings['speed'] = by_clock
     self.save(rep)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     qs = [e['meta']['prompt'] for e in self.some('heldout', k-k//2) + self.some('ood', k//2)]
@@ -1159,3 +1203,29 @@ def run(config:Config, # What to do
     r = Run(config, progress)
     r.synth()
     return r.finish(r.train())
+
+# %% ../nbs/06_recipes.ipynb #6a5e1c31
+def judge_model(student:str, # Folder, hub id, or 'embedded'
+    against:str='embedded', # Its teacher: the same
+    before:str=None, # The student before it was distilled, where that is at hand
+    prompts:str=None, # JSONL file with a `split` of each `prompt`; default: the package's own
+    tokens:int=128, # Longest response of the teacher
+    out:str='judged', # Folder for cache and report
+    progress:bool=True, # Show bars?
+)->Report: # Also in `out/report`
+    "How near a student is to a teacher, on prompts that are not for training"
+    parts = dict(teacher=dict(model_id=against, cache_dir=f'{out}/cache', synthesis=dict(max_new_tokens=tokens)), student=dict(model_id=student),
+        training=dict(schedule=dict(max_steps=1)), prompts=dict(file=prompts), out=out)
+    c = Config.from_dict(dict(distillation=parts), f'judging {student}')
+    c.prompts.train = 0
+    if before: check_models(c.model_copy(update=dict(student=Student(model_id=before))))
+    r = Run(c, progress)
+    r.synth()
+    found = dict(teacher=r.scores('teacher', r.load_teacher().model))
+    r.free()
+    found |= {n: r.scores(n, r.load_student(model_path(m))) for n,m in dict(before=before, student=student).items() if m}
+    said = dict(student=student, teacher=against, before=before, prompts=prompts or 'those of distill_nb', max_new_tokens=tokens)
+    title = ' against '.join(TEACHER_NAME if o=='embedded' else o for o in (student, against))
+    rep = Report(title, found, 'student', 'before' if before else None, cost=r.cost_table(), settings=dict(judged=said))
+    rep.save(r.out/'report')
+    return rep

@@ -15,7 +15,7 @@ from distill_nb import recipes
 from distill_nb.cache import load_json
 from distill_nb.eval import Report
 from distill_nb.plan import main, make_plan, projection_cost
-from distill_nb.recipes import Config, Run, preset, prompt_rows, read_yaml, run, tables
+from distill_nb.recipes import Config, Run, judge_model, preset, prompt_rows, read_yaml, run, tables
 from distill_nb.synthesis import embedded_teacher
 
 TEMPLATE = textwrap.dedent('''\
@@ -182,6 +182,15 @@ def test_what_images_cannot_do_is_refused_before_anything_runs(seeing, pair, tmp
         with pytest.raises(ValueError, match=want): quiet(lambda: Run(Config.from_dict(o), False).synth())
     assert not (tmp_path/'cache').exists()
 
+def test_student_that_sees_is_judged_against_any_teacher(seeing, pair, tmp_path):
+    teacher,student,file = seeing
+    kw = dict(prompts=str(file), tokens=4, out=str(tmp_path/'judged'), progress=False)
+    rep = quiet(lambda: judge_model(student, teacher, **kw))
+    assert set(rep.models)=={'teacher', 'student'} and len(rep.models['student']['heldout'].n)==4
+    assert rep.models['teacher']['heldout'].kl<.01<rep.models['student']['heldout'].kl
+    with pytest.raises(ValueError, match='does not see'): judge_model(pair[1], teacher, **kw | dict(out=str(tmp_path/'none')))
+    assert not (tmp_path/'none').exists()
+
 def test_projection_of_low_latency_costs_less_than_two_percent():
     c = preset('low_latency')
     assert 0<projection_cost(c)<.02
@@ -201,11 +210,13 @@ def test_template_means_what_it_says(tmp_path):
 def test_template_runs_to_a_report(pair, tmp_path):
     (tmp_path/'t.yaml').write_text(TEMPLATE)
     o = small(read_yaml(tmp_path/'t.yaml')[0], pair, tmp_path)
-    o['distillation']['validation'].update(benchmarks=['arithmetic', 'bbh', 'alpaca_eval'], limit=2) # what needs no download
+    o['distillation']['validation'].update(benchmarks=['arithmetic', 'bbh', 'alpaca_eval'], limit=2, speed=1) # what needs no download
     config = Config.from_dict(o)
     rep = quiet(run, config, False)
     assert set(rep.models)=={'teacher', 'start', 'student'} and len(rep.models['student']['heldout'].n)==132 and len(rep.samples)==5
     assert all(set(o)=={'arithmetic', 'bbh', 'alpaca_eval'} and o['arithmetic']['n']==2 for o in rep.benchmarks.values())
+    assert {k: o['engine'] for k,o in rep.settings['speed'].items()}==dict(teacher='transformers', student='transformers')
+    assert all(o['tokens_per_s']>0 and o['first_token_s']>0 for o in rep.settings['speed'].values()) and 'tokens_per_s' in str(rep)
     assert all(rep.benchmarks['student'][k]['not_run'].startswith('not run') for k in ('bbh', 'alpaca_eval'))
     rows = load_json(tmp_path/'run/history-student.json')['rows']
     assert len(rows)==4 and all(len(r['examples'])==16 and r['feature']>0 for r in rows)
@@ -215,6 +226,7 @@ BROKEN = {'unknown key': ('lr: 2e-5', 'Ir: 2e-5', 'line 23', "did you mean 'lr'?
     'duplicate': ('patience: 3', 'patience: 3\n      patience: 4', 'line 37', 'second time, first in line 36'),
     'python tag': ('max_new_tokens: 512', 'max_new_tokens: !!python/object/apply:os.mkdir [TOUCHED]', 'line 7', 'could not determine a constructor'),
     'indentation': ('  student:', ' student:', 'line 10', ''), 'empty': (TEMPLATE, '', '', 'the file is empty'), 'one comment': (TEMPLATE, '# nothing', '', 'the file is empty'),
+    'tracker': ('    optimizer:', '    trackers: [wandb]\n    optimizer:', 'line 21', 'training.trackers: unknown key: use one of loss, optimizer'),
     'elsewhere': ('type: "adamw"', 'batch_size: 4', 'line 22', "did you mean 'training.memory.batch_size'?")}
 
 @pytest.mark.parametrize('kind', BROKEN)
@@ -294,6 +306,13 @@ def kept_best(r):
     with mock.patch.object(recipes, 'KeepBest') as m, mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
     return m.call_count
 
+def asked_at_the_end(r):
+    "Prompts that the models answer in the report"
+    idle = [mock.patch.multiple(o, **dict.fromkeys(ks, mock.DEFAULT)) for o,ks in
+        ((Run, ('judge', 'card', 'formats', 'speed', 'save')), (recipes, ('export_safetensors', 'check_parity', 'weights_sha256')))]
+    with idle[0], idle[1], mock.patch.object(Run, 'answers', side_effect=Seen) as m, contextlib.suppress(Seen): r.finish(dict(student=None))
+    return len(m.call_args.args[1])
+
 HYBRID = {'student.projection': dict(teacher_dim=48, student_dim=32), 'training.loss': dict(type='hybrid', alpha=.5)}
 STAGES = [dict(steps=3), dict(kind='features', steps=4, loss=dict(alpha=.5))]
 def staged(i=0, **k): return {'training.schedule': {}, 'training.stages': [STAGES[0]|k, STAGES[1]] if i==0 else [STAGES[0], STAGES[1]|k], 'student.projection': HYBRID['student.projection']}
@@ -340,8 +359,9 @@ EFFECTS = {
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
     'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
-    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, lambda r: len(r.some('heldout', r.config.validation.answers)), 2),
+    'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, asked_at_the_end, 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
+    'validation.speed': ({}, 2, lambda r: len(given('bench_models', lambda r: r.speed(Path('x')))(r)[0][1]), 2),
     'prompts.file': ({'prompts': {}}, 'FILE', rows('train'), 1), 'prompts.train': ({}, 5, rows('train'), 5), 'prompts.heldout': ({}, 5, rows('heldout'), 5), 'prompts.ood': ({}, 5, rows('ood'), 5), 'prompts.domain': ({'prompts': dict(file='DOMAIN')}, 1, rows('domain'), 1),
     'export.gguf': ({}, ['q8_0'], lambda r: formats('export_gguf')(r)[-1], 'q8_0'), 'export.onnx': ({}, True, formats('export_onnx'), None), 'out': ({}, 'OUT', lambda r: r.out.name, 'other')}
 
