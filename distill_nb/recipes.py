@@ -34,7 +34,7 @@ from .benchmarks import NOT_HERE, REASONING, TASKS, load_items, run_benchmarks
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
 from .projection import ProjectionHead, map_layers
-from .serving import bench_models, check_gguf
+from .serving import add_serving, bench_models, check_gguf
 from .stages import on_policy, self_distill
 from .student import Unfreeze, add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, seeded, weights_sha256
@@ -1126,6 +1126,9 @@ def formats(self:Run,
         except (ValueError, ImportError, RuntimeError) as err:
             res[name] = dict(failed=str(err))
             print(f'{name}: {err}')
+    made = [self.out/k for k,v in res.items() if k.endswith('.gguf') and 'failed' not in v]
+    try: add_serving(folder, made[0] if made else None)
+    except ValueError as err: print(f'{folder.name}: {err}')
     return res
 
 # %% ../nbs/06_recipes.ipynb #6a5e3c07

@@ -325,7 +325,7 @@ def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugg
         'weights in safetensors': not types, 'weights in BF16, F16 or F32': bool(types-{'BF16', 'F16', 'F32'}),
         'a fast tokenizer': not tok.is_fast, 'a chat template': not tok.chat_template, 'an end token in generation_config.json': g.eos_token_id is None}
     if any(lacks.values()): raise ValueError(f"{folder.name} cannot be served by vLLM as it is; it needs {', '.join(k for k,v in lacks.items() if v)}")
-    return f'vllm serve {shlex.quote(str(path or folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.max_position_embeddings} --host 127.0.0.1'
+    return f'vllm serve {shlex.quote(str(path or folder))} --served-model-name {shlex.quote(folder.name)} --max-model-len {c.get_text_config(decoder=True).max_position_embeddings} --host 127.0.0.1'
 
 # %% ../nbs/05a_serving.ipynb #6a12e021
 def add_serving(folder:str|Path, # From `export_safetensors`

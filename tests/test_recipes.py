@@ -419,6 +419,7 @@ def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     (tmp_path/'t.yaml').write_text(json.dumps(o))
     with mock.patch.object(recipes, 'export_gguf', side_effect=ValueError('llama.cpp does not know it')): assert main(['run', str(tmp_path/'t.yaml')])==1
     rep,said = Report.load(tmp_path/'run/report'),capsys.readouterr()
+    assert 'vllm serve .' in (tmp_path/'run/model/README.md').read_text()
     assert rep.settings['exports']=={'model-q8_0.gguf': dict(failed='llama.cpp does not know it')} and 'model-q8_0.gguf: not exported' in said.err
     o['distillation'] |= dict(validation=dict(answers=0, benchmarks=['arithmetic'], limit=2), export={})
     (tmp_path/'t.yaml').write_text(json.dumps(o))
