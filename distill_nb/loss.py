@@ -198,20 +198,12 @@ class _Dense(NamedTuple):
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
 
-# %% ../nbs/02_loss.ipynb #1bfddd26
-def _kept(w, dtype):
-    "`w` in another type; a constant remembers it"
-    if w.dtype==dtype or w.requires_grad or w.is_inference(): return w.detach().to(dtype)
-    key = dtype, w._version, w.data_ptr()
-    if getattr(w, '_turned', (None,))[0]!=key: w._turned = key, w.detach().to(dtype)
-    return w._turned[1]
-
 # %% ../nbs/02_loss.ipynb #62b7933b
 def _from_head(hT, head, dtype):
     "A target from hidden states and a head"
     b,bend = head.bias, _bend(head)
     if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
-    hT,w = hT.detach().to(dtype), _kept(head.weight, dtype)
+    hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
     def _fill(r, out, low):
         n = out.shape[-1]
         if dtype==out.dtype: low = None
@@ -272,7 +264,7 @@ class _LinearDivergence(torch.autograd.Function):
         chunk, dtype, grad): # rows at one time, type of the products, whether gradients are wanted
         "The loss as a sum, per-token statistics, and the gradient kept for later"
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
-        x,w,b_,u,B_ = h.to(dtype), _kept(W, dtype)[:n], b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
+        x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
         dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
         types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
