@@ -118,12 +118,14 @@ def _bend_(z, scale, cap, slope):
 def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
 def _times_(x, f): return x.mul_(f) if isinstance(f, Tensor) or f!=1 else x
 
+# %% ../nbs/02_loss.ipynb #115fa162
 def _top(z):
     "Where the largest logit of each row is"
     blocks = z.unflatten(-1, (-1, math.gcd(z.shape[-1], 256)))
     best = blocks.amax(-1).argmax(-1)
     return best*blocks.shape[-1] + blocks[torch.arange(len(z), device=z.device),best].argmax(-1)
 
+# %% ../nbs/02_loss.ipynb #dd7dbeab
 def _kl_(z, zt, t, T, terms=None):
     "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p where there are `terms` to write into"
     agree,terms = _top(z)==_top(zt), zt if terms is None else terms
