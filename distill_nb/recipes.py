@@ -38,7 +38,7 @@ from .serving import add_serving, bench_models, check_gguf
 from .stages import on_policy, self_distill
 from .student import Unfreeze, add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, seeded, weights_sha256
-from .trainer import Distiller, DistillTrainer, KeepBest, KLMonitor, Recorder, Stage, to_device
+from .trainer import Distiller, DistillTrainer, KeepBest, KLMonitor, Recorder, Stage, kept_memory, to_device
 from .vision import ImageCache, ImageTeacher, RelationDistiller, about, auto_class, images_of, merge_adapters, processor_sha256, words
 from .width import prune_width
 
@@ -514,7 +514,8 @@ def timed(self:Run,
         self.since = time.perf_counter()
     beat = threading.Thread(target=_beat, daemon=True)
     beat.start()
-    try: yield
+    try:
+        with kept_memory(): yield
     finally:
         done.set()
         beat.join()
@@ -791,10 +792,11 @@ def distiller(self:Run,
     s,c,loss = self.stages[i],self.config.student,self.stage(i).loss()
     if s.kind=='self':
         with self.timed('self-distillation'): return self_distill(student, self.cache, self.out/f'own-{i+1}', loss, self.seen(s), s.mix)
-    if s.kind=='on_policy': return Distiller(student, self.own_text(student, i), loss)
+    kw = dict(teacher_dtype=torch.bfloat16) if self.precision=='bf16' else {} # its type in the products anyway: cast once
+    if s.kind=='on_policy': return Distiller(student, self.own_text(student, i), loss, **kw)
     pairs = partial(self.layer_map, self.cache.manifest['teacher']['n_layers'], student.config.get_text_config(decoder=True).num_hidden_layers)
     if s.kind=='relations': return RelationDistiller(student, self.cache, loss, pairs(c.relations), c.relations.n_heads)
-    return Distiller(student, self.cache, loss, self.heads(student, pairs(c.projection)) if s.kind=='features' else None)
+    return Distiller(student, self.cache, loss, self.heads(student, pairs(c.projection)) if s.kind=='features' else None, **kw)
 
 # %% ../nbs/06_recipes.ipynb #59400ad2
 @patch

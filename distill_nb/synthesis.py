@@ -189,14 +189,21 @@ def head_input(model:PreTrainedModel, # Any model with `get_output_embeddings()`
     at:Tensor=None, # `(B,)`, the one position of each row that the head is given; default: all
 ): # Yields a list that receives the input of the head at each forward pass, `(B,L,d)`, or `(B,1,d)` with `at`
     "Listen at the output head's door"
-    seen = []
-    def _hook(_, args):
-        h = args[0] if at is None else args[0][torch.arange(len(at)), at.cpu()][:,None]
+    seen,m = [],model.get_output_embeddings()
+    def _none(h):
         seen.append(h)
-        return (h[:,:0] if skip else h,)
-    handle = model.get_output_embeddings().register_forward_pre_hook(_hook)
+        return h.new_empty(len(h), 0, len(m.weight))
+    def _hook(_, args):
+        seen.append(args[0] if at is None else args[0][torch.arange(len(at)), at.cpu()][:,None])
+        return seen[-1],
+    own = vars(m).get('forward')
+    if skip: m.forward = _none
+    else: handle = m.register_forward_pre_hook(_hook)
     try: yield seen
-    finally: handle.remove()
+    finally:
+        if not skip: handle.remove()
+        elif own: m.forward = own
+        else: del m.forward
 
 # %% ../nbs/00_synthesis.ipynb #ea01bf62
 def pad(seqs:list, # Lists of token ids

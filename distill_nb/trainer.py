@@ -465,8 +465,9 @@ def gradients(self:DistillTrainer,
     n = int(acc.reduce(torch.tensor(sum(int((b['labels']!=-100).sum()) for b in window), device=acc.device)))
     outs = []
     for b in window:
-        outs.append(self.model(to_device(b, acc.device), n))
-        acc.backward(outs[-1]['loss']*acc.num_processes)
+        with plain_attention(dist.student, self.short(b)):
+            outs.append(self.model(to_device(b, acc.device), n))
+            acc.backward(outs[-1]['loss']*acc.num_processes)
     if acc.scaler: acc.scaler.unscale_(self.opt)
     norm = float(clip_grad_norm_([p for p in self.names.values() if p.requires_grad], self.max_grad_norm))
     total = lambda f: float(acc.reduce(torch.tensor(sum(float(f(o)) for o in outs), device=acc.device)))
@@ -664,16 +665,21 @@ def begin(self:DistillTrainer,
     return step
 
 # %% ../nbs/03_trainer.ipynb #f99dbfed
+_keeping = 0
+
 @contextlib.contextmanager
 def kept_memory():
     "Inside, freed memory stays with the process (where its allocator is glibc's)"
+    global _keeping
     libc = ctypes.CDLL(None) if os.name=='posix' else None
     if not hasattr(libc, 'mallopt'): return (yield)
     def _set(trim, mmap): return libc.mallopt(-1, trim), libc.mallopt(-4, mmap) # M_TRIM_THRESHOLD, M_MMAP_MAX
     _set(2**31-1, 0)
+    _keeping += 1
     try: yield
     finally:
-        _set(2**17, 2**16) # glibc's defaults
+        _keeping -= 1
+        if not _keeping: _set(2**17, 2**16) # glibc's defaults
         libc.malloc_trim(0)
 
 # %% ../nbs/03_trainer.ipynb #ad21c81a
@@ -691,12 +697,11 @@ def plain_attention(model:PreTrainedModel, # With transformers' attention 'sdpa'
 
 # %% ../nbs/03_trainer.ipynb #23d961c5
 @patch
-@contextlib.contextmanager
-def quick(self:DistillTrainer):
-    "What makes steps on a CPU faster, and is undone afterwards"
-    cpu = self.accelerator.device.type=='cpu'
-    short = self.mixed_precision=='bf16' and max(self.cache.lengths())<=256
-    with kept_memory() if cpu else contextlib.nullcontext(), plain_attention(self.distiller.student, cpu and short): yield
+def short(self:DistillTrainer,
+    batch:dict, # From `cache.collate`
+)->bool: # Is plain attention the faster?
+    "Texts of at most 256 tokens in bf16 on a CPU"
+    return self.accelerator.device.type=='cpu' and self.mixed_precision=='bf16' and batch['input_ids'].shape[1]<=256
 
 # %% ../nbs/03_trainer.ipynb #936264bf
 @patch
@@ -711,7 +716,7 @@ def fit(self:DistillTrainer,
     done = step and (step==self.total or last.get('stopped') and not (last['verdict'] and self.monitor.policy!='stop'))
     if step and acc.is_main_process: print(f'{self.out.name}: done already, {step} steps' if done else f'{self.out.name}: resuming after step {step} of {self.total}')
     if self.monitor.policy=='rollback' and not step: self.save(0)
-    with self.quick(), tqdm(initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training') as bar:
+    with kept_memory(), tqdm(initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training') as bar:
         while step<self.total and not (done or self.stop):
             step = self.advance(step)
             bar.update(step-bar.n)
