@@ -98,14 +98,17 @@ class Distiller(nn.Module):
         loss:DistillationLoss, # Its settings: temperature, alpha, divergence, ce
         projections:dict|None=None, # Student layer to `(teacher layer, ProjectionHead)`; both layers as in `hidden_states`
         teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: the student's
+        last:float=0., # Share of the loss that is on the last hidden states, which the cache has anyway; for students of the teacher's width
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
-        self.student,self.cache,self.loss,self.balance,self.bend,self.teacher_dtype = student,cache,loss,1.,output_head(student)[2:],teacher_dtype
+        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)[2:]
+        self.teacher_dtype,self.last = teacher_dtype,last
         self.layer_map = {s: t for s,(t,_) in (projections or {}).items()}
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
         head = cache.head if cache.gives=='hidden' else Head(None)
+        if last and (head.weight is None or head.weight.shape[1]!=student.get_output_embeddings().weight.shape[1]): raise ValueError(f'last is {last}: it needs a cache of hidden states and a student as wide as its teacher; use 0')
         self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(teacher_dtype or student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
 
@@ -156,11 +159,15 @@ def forward(self:Distiller,
     with head_input(self.student, skip=True) as h:
         out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads), **batch.get('inputs', {}))
     alpha = s.alpha if self.heads else float(s.alpha>0)
-    d = self.compare(h[0][mask], labels[mask], batch, alpha)
+    x = h[0][mask]
+    d = self.compare(x, labels[mask], batch, alpha)
     loss,logit = d.loss,(d.loss.detach()-(s.ce*d.ce.sum() if s.ce else 0))/alpha if alpha else s.temperature**2*d.kl.sum()
     if self.heads:
         f = self.features(out.hidden_states, batch, mask).sum()
         loss = loss + (1-alpha)*self.balance*f
+    if self.last and alpha:
+        near = hidden_loss(x, batch['teacher_hidden']).sum()
+        loss = (1-self.last)*loss + self.last*d.loss.detach()/near.detach().clamp(min=1e-12)*near
     return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=logit, n=len(d.kl), feature=None if f is None else f.detach())
 
 # %% ../nbs/03_trainer.ipynb #fe2f87bb
@@ -358,10 +365,11 @@ class Callback:
 # %% ../nbs/03_trainer.ipynb #380eb806
 def adamw(params, # Parameters
     weight_decay:float=.01, # Of matrices; vectors (norms, biases) do not decay
+    betas:tuple=(.9, .95), # Decays of the averages of gradients and of their squares
 )->torch.optim.AdamW: # With a learning rate of 0
     "The optimizer of a `DistillTrainer`"
     groups = [[p for p in params if (p.ndim>1)==wide] for wide in (True, False)]
-    return torch.optim.AdamW([dict(params=g, weight_decay=w) for g,w in zip(groups, (weight_decay, 0.)) if g], lr=0., betas=(.9, .95), fused=True)
+    return torch.optim.AdamW([dict(params=g, weight_decay=w) for g,w in zip(groups, (weight_decay, 0.)) if g], lr=0., betas=betas, fused=True)
 
 # %% ../nbs/03_trainer.ipynb #7359794f
 class DistillTrainer:
@@ -376,6 +384,7 @@ class DistillTrainer:
         accum_steps:int=1, # Forward passes per optimizer step and process
         max_grad_norm:float=1., # The gradient is clipped to this norm
         weight_decay:float=.01, # Of matrices; vectors (norms, biases) do not decay
+        betas:tuple=(.9, .95), # AdamW's
         mixed_precision:str='no', # 'no', 'bf16', 'fp16' with loss scaling, or 'fp8': type of the products; weights stay as they are
         activation_checkpointing:bool=False, # Recompute activations in the backward pass: less memory, a third more time
         device:str=None, # 'cpu' to stay there; default: the GPU if there is one
@@ -390,13 +399,13 @@ class DistillTrainer:
         self.distiller,self.cache,self.stages,self.out = distiller,cache,stages,Path(out)
         self.indices = list(range(len(cache))) if indices is None else list(indices)
         self.batch_size,self.accum_steps,self.mixed_precision = batch_size,accum_steps,mixed_precision
-        self.max_grad_norm,self.weight_decay = max_grad_norm,weight_decay
+        self.max_grad_norm,self.weight_decay,self.betas = max_grad_norm,weight_decay,tuple(betas)
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
         self.skipped,self.lr_scale,self.stop = 0,1.,False # a callback may set `stop`
         if activation_checkpointing: distiller.student.activation_checkpointing_enable()
         self.names = {n: p for n,p in distiller.named_parameters() if p.requires_grad}
-        self.opt = adamw(self.names.values(), weight_decay)
+        self.opt = adamw(self.names.values(), weight_decay, self.betas)
 
 # %% ../nbs/03_trainer.ipynb #67986c8b
 @patch
@@ -525,7 +534,7 @@ def one_step(self:DistillTrainer,
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed"
-    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'seed', 'mixed_precision', 'ema')}
+    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema')}
     procs,shapes = self.accelerator.num_processes,{n: list(p.shape) for n,p in self.names.items()}
     return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, processes=procs, shapes=shapes) | numbers)
 
