@@ -170,6 +170,6 @@ def main():
         f'{len(lens)} responses of {min(lens)} to {max(lens)} tokens:\n\n| rows | batches that close up | places refilled |\n|---|---|---|')
     for b in (16, 32, 64): print(f'| {b} | {closing(lens, b, between(step)):.1f} | {refilled(lens, b, between(step)):.1f} |')
     print()
-    return 0 if report(bars(res)) else 1
+    return 0 if report([*bars(res), *((f'writing share of {k}', w, .02) for k,(_,w) in waits.items())]) else 1
 
 if __name__=='__main__': sys.exit(main())
