@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """What was tried to store the integers of the codec `transform` in fewer bytes, at equal loss.
 
-usage: coding.py [--answers 64] [--tokens 128] [--nats .01] [--constriction FOLDER]
+usage: coding.py [--answers 64] [--tokens 128] [--nats .01] [--constriction FOLDER] [--no-write]
 
 The codec is fitted on answers of the default teacher to training prompts, and every way stores the same answers to held-out prompts and to prompts of
 other families. The step is found on these, so that the KL at T=1 is the same for all and bytes compare. FOLDER is where
 `pip install --no-deps --target FOLDER constriction` put an entropy coder (range coding by asymmetric numeral systems); without it there is its ideal
-code length. Prints a Markdown table; speeds are of decoding to integers, on one thread, in CPU time, best of five.
+code length. Prints a Markdown table and writes it as the section "Coding" of RESULTS.md; speeds are of decoding to integers, on one thread, in CPU time, best of five.
 """
 import argparse, contextlib, math, sys, time
 from unittest import mock
 
 import numpy as np, torch
 from cache import asked, machine
+from loss import write
 
 from distill_nb import codecs
 from distill_nb.codecs import CHUNK, compress_chunk, decompress_chunk, fisher, mean_kl, transform_basis
@@ -104,15 +105,19 @@ def main():
     for k,v in dict(answers=64, tokens=128).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--nats', type=float, default=.01)
     p.add_argument('--constriction', help='folder that it was installed into')
+    p.add_argument('--no-write', action='store_true', help='print only')
     a = p.parse_args()
     if a.constriction: sys.path.append(a.constriction)
     torch.set_num_threads(1)
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
     _,train = asked(teacher, 'train', a.answers, a.tokens)
     h = torch.cat([asked(teacher, s, 8, a.tokens//2)[1] for s in ('heldout', 'ood')])
-    print(f'## Coding\n\n{len(h)} tokens, the codec fitted on {len(train):,} others, {a.nats:g} nats asked for. Machine: {machine()}.\n')
-    print('| way | bytes | million tokens/s | nats, T=1 | T=2 | T=4 |\n|---|---|---|---|---|---|')
+    lines = [f'## Coding\n\n{len(h)} tokens, the codec fitted on {len(train):,} others, {a.nats:g} nats asked for. Machine: {machine()}.\n',
+        '| way | bytes | million tokens/s | nats, T=1 | T=2 | T=4 |', '|---|---|---|---|---|---|']
+    print('\n'.join(lines))
     for n,b,r,l in ways(train, h, head_of(teacher.model), a.nats, a.constriction):
-        print(f"| {n} | {b:.1f} | {'' if r is None else f'{r/1e6:.2f}'} | "+' | '.join(f'{o:.2e}' for o in l)+' |', flush=True)
+        lines.append(f"| {n} | {b:.1f} | {'' if r is None else f'{r/1e6:.2f}'} | "+' | '.join(f'{o:.2e}' for o in l)+' |')
+        print(lines[-1], flush=True)
+    if not a.no_write: write('\n'.join(lines))
 
 if __name__=='__main__': main()
