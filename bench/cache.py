@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Size, error and reading speed of every codec of the teacher cache, on text that none of them was fitted to.
 
-usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192]
+usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192] [--distillkit FOLDER]
 
 The default teacher answers training prompts, on which the codecs are fitted, and held-out prompts of the same families and of others, on which they
 are judged. Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short. `--quick` calibrates on a fifth.
 Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five, in slices of 512 rows as a loader reads them.
+
+DistillKit's store, with the two settings that its README names, is on the same page: by its published rule, and where FOLDER is a checkout of
+https://github.com/arcee-ai/DistillKit by its own code too. It knows no temperature; its losses divide the stored log-probabilities by T, and so does this.
 """
-import argparse, platform, re, sys, time
+import argparse, math, platform, re, sys, time
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, head_of, 
 STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
     *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', dict(nbytes=36)))
 TS,SLICE = (1, 2, 4),512
+DISTILLKIT = dict(recommended=(128, 16, (0, 1, 2, 3, 4, .5)), budget=(50, 1, (0, 1, .5)))
 
 def asked(teacher, split, n, tokens):
     "Answers of the teacher, and the input of its head at each of their tokens"
@@ -45,6 +49,38 @@ def nats(codec, t, h, head):
             kls.append(kl_nats(z, type(x)(*(v[o] for v in x)).log_probs(j, T, torch.zeros_like(z))))
         res.append(torch.cat(kls).mean().item())
     return res
+
+def distillkit(z, k, exact, powers):
+    "Bytes per token, ids and log-probabilities of the k largest: some in bf16, the others a curve of their rank, by least squares, its factors in fp32"
+    v,ids = z.double().log_softmax(-1).topk(k)
+    ranks = torch.stack([torch.arange(k-exact).double()**p for p in powers], 1)
+    fit = torch.linalg.lstsq(ranks, v[:,exact:].T).solution.float().double()
+    nbytes = -(-k*(z.shape[-1]-1).bit_length()//8)+2*exact+4*len(powers)
+    return nbytes,ids,torch.cat([v[:,:exact].bfloat16().double(), (ranks@fit).T], 1)
+
+def their_own(z, k, exact, powers):
+    "The same by DistillKit's code"
+    from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
+    c = LogprobCompressor(DistributionQuantizationConfig(d=z.shape[-1], k=k, exact_k=exact, exact_dtype='bfloat16', delta_encoding=False, residual_bins=[],
+        polynomial_terms=['sqrt' if p==.5 else p for p in powers]))
+    t = c.compress(z.log_softmax(-1))
+    return sum(o.shape[-1]*o.element_size() for o in t.values()),*c.decompress_to_sparse(t)
+
+def spread(ids, v, V, T):
+    "What stored log-probabilities stand for at T: what they lack of 1 is one outcome more, spread evenly over the other ids"
+    v = v.double()
+    rest = (1-v.exp().sum(-1, keepdim=True)).clamp_min(1e-8).log()/T
+    q = (rest-math.log(V-ids.shape[-1])).expand(len(v), V).scatter(-1, ids, v/T)
+    return q-torch.logaddexp((v/T).logsumexp(-1, keepdim=True), rest)
+
+def peer(store, h, head, *how):
+    "Bytes per token, and KL(teacher || store) at each T, of a rival's store"
+    kls = {T: [] for T in TS}
+    for o in h.split(64):
+        z = head(o)
+        nbytes,ids,v = store(z, *how)
+        for T in TS: kls[T].append(kl_nats(z/T, spread(ids, v, z.shape[-1], T)))
+    return nbytes,*(torch.cat(l).mean().item() for l in kls.values())
 
 def quantisation(codec, t, h, head):
     "What eight bits add to the KL over k+1 outcomes, the most at any T"
@@ -124,7 +160,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(answers=64, tokens=128, rows=8192).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--quick', action='store_true', help='calibrate on 24 answers of 64 tokens')
+    p.add_argument('--distillkit', help='a checkout of DistillKit')
     a = p.parse_args()
+    rivals = {'by its rule': distillkit}
+    if a.distillkit:
+        sys.path.append(a.distillkit)
+        rivals['by its code'] = their_own
     if a.quick: a.answers,a.tokens = 24,64
     torch.set_num_threads(1)
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
@@ -137,7 +178,8 @@ def main():
     for s,(_,x) in text.items():
         stored = {k: c.encode(x, head) for k,c in fitted.items()}
         res[s] = {k: (sum(v.nbytes for v in stored[k].values())/len(x), *nats(c, stored[k], x, head)) for k,c in fitted.items()}
-        for k,(b,*l) in res[s].items(): print(f'| {s}, {len(x)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |', flush=True)
+        rows = res[s] | {f'DistillKit, {n}, {way}': peer(f, x, head, *how) for n,how in DISTILLKIT.items() for way,f in rivals.items()}
+        for k,(b,*l) in rows.items(): print(f'| {s}, {len(x)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |', flush=True)
     exs,x = text['heldout']
     added = quantisation(fitted['topk 64'], fitted['topk 64'].encode(x, head), x, head)
     n,ours,theirs = noise(fitted['sampled 36'], x, student_states(teacher, exs), head)

@@ -6,16 +6,18 @@ usage: synth.py [--quick] [--prompts 64] [--tokens 64] [--dtype bf16]
 The default teacher answers training prompts at temperature 0.8, five ways: the recipe (batches of 16 in prompt order, transformers' own sampling, then one
 forward pass per batch with full logits and all hidden states, torch.save), transformers' `generate` in the batches of `build_cache` with nothing captured,
 `build_cache`, `build_cache` with an extra layer, and `build_cache` with the relations of a block, which needs a second pass. Then it reads those responses, once through `build_cache`
-and once in bare forward passes of the same batches. Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short.
+and once in bare forward passes of the same batches. Two things more are measured: what share of the time a shard is encoded and written, while the teacher
+waits; and what a batch would cost whose finished rows are replaced by the next prompts, instead of one that closes up. Prints Markdown tables and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short.
 Rates are of one thread, in CPU time (so a busy machine disturbs them less). What the recipe saves is removed batch by batch.
 """
-import argparse, sys, tempfile, time
+import argparse, bisect, contextlib, sys, tempfile, time
 from pathlib import Path
 
 import torch
 from cache import machine, report
 from fastcore.basics import chunked
 
+import distill_nb.cache as dc
 from distill_nb.cache import build_cache, read_rows
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, pad, trim
 
@@ -63,8 +65,58 @@ def forward(teacher, exs, head):
             if head: teacher.model(input_ids=x, attention_mask=mask, use_cache=False)
             else: teacher.score(x, mask)
 
+@contextlib.contextmanager
+def timed(names):
+    "Wall-clock seconds inside some functions of the cache, in a dict of their names"
+    spent,old = dict.fromkeys(names, 0.),{k: getattr(dc, k) for k in names}
+    def _wrap(k):
+        def _f(*args, **kw):
+            start = time.perf_counter()
+            try: return old[k](*args, **kw)
+            finally: spent[k] += time.perf_counter()-start
+        return _f
+    for k in names: setattr(dc, k, _wrap(k))
+    try: yield spent
+    finally:
+        for k,f in old.items(): setattr(dc, k, f)
+
+def waiting(build):
+    "Shares of the wall-clock time of `build` that go into encoding a shard, and into hashing, writing and flushing it"
+    start = time.perf_counter()
+    with timed(('_codes', 'save_tensors')) as spent: build()
+    return [o/(time.perf_counter()-start) for o in spent.values()]
+
+def step_seconds(teacher, counts, n=12):
+    "CPU seconds of a step of decoding, by the number of rows"
+    conf,ids = teacher.model.generation_config,teacher.encode(['Tell me a long story about the sea.'])[0]
+    old,conf.suppress_tokens = conf.suppress_tokens,teacher.ends
+    run = lambda b, k: min(clock(lambda: teacher.generate([ids]*b, k, batch_size=b, progress=False))[1] for _ in range(3))
+    try: return {b: (run(b, n+1)-run(b, 1))/n for b in counts}
+    finally: conf.suppress_tokens = old
+
+def between(known):
+    "The straight lines between known values, as a function"
+    xs = sorted(known)
+    def _f(x):
+        i = min(max(bisect.bisect_left(xs, x), 1), len(xs)-1)
+        a,b = xs[i-1],xs[i]
+        return known[a]+(known[b]-known[a])*(x-a)/(b-a)
+    return _f
+
+def closing(lens, slots, cost): return sum(cost(sum(o>i for o in part)) for part in chunked(lens, slots) for i in range(max(part)))
+
+def refilled(lens, slots, cost):
+    "The same responses, where a finished one is followed by the next at once; reading that prompt is not counted"
+    left,rest,total = list(lens[:slots]),list(lens[slots:]),0
+    while left:
+        total += cost(len(left))
+        left = [o-1 for o in left if o>1]
+        new = slots-len(left)
+        left,rest = left+rest[:new],rest[new:]
+    return total
+
 def measure(teacher, prompts, n, root):
-    "Response tokens and CPU seconds of each way"
+    "Response tokens and CPU seconds of each way, the shares of waiting, and the number of tokens of each response"
     build = lambda name, rows=prompts, **k: build_cache(teacher, rows, root/name, shard_size=SHARD, max_new_tokens=n, progress=False, **k)
     count = lambda exs: sum(len(e['input_ids'])-e['prompt_len'] for e in exs)
     torch.manual_seed(0)
@@ -84,7 +136,10 @@ def measure(teacher, prompts, n, root):
     read = read_rows(teacher, rows)
     for name,head in (('forward passes', True), ('forward passes without the head', False)): res[name] = count(read),clock(lambda: forward(teacher, read, head))[1]
     cache,sec = clock(lambda: build('read', rows))
-    return res | {'build_cache, given responses': (cache.stats()['response_tokens'], sec)}
+    res['build_cache, given responses'] = cache.stats()['response_tokens'],sec
+    stores = {'hidden, bf16': {}, 'transform': dict(codec='transform'), 'sampled': dict(codec='sampled')}
+    waits = {k: waiting(lambda: build(f'wait {k}', rows, **o)) for k,o in stores.items()}
+    return res,waits,[len(e['input_ids'])-e['prompt_len'] for e in exs]
 
 def bars(res):
     "Name, value, limit, and whether it holds"
@@ -105,10 +160,16 @@ def main():
     torch.set_num_threads(1)
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=DTYPES[a.dtype])
     print(f'## Synthesis\n\n{a.prompts} prompts, at most {a.tokens} tokens each, {a.dtype}. Machine: {machine()}.\n', flush=True)
-    with tempfile.TemporaryDirectory() as d: res = measure(teacher, load_prompts('train', a.prompts)['prompt'], a.tokens, Path(d))
+    with tempfile.TemporaryDirectory() as d: res,waits,lens = measure(teacher, load_prompts('train', a.prompts)['prompt'], a.tokens, Path(d))
     print('| way | response tokens | CPU s | tokens/s |\n|---|---|---|---|')
     for k,(n,s) in res.items(): print(f'| {k} | {n:,} | {s:.1f} | {n/s:.0f} |')
+    print('\nWhat the teacher waits for, where it reads given responses: shares of wall-clock time.\n\n| store | encoding | hashing, writing, flushing |\n|---|---|---|')
+    for k,(e,w) in waits.items(): print(f'| {k} | {e:.2%} | {w:.2%} |')
+    step = step_seconds(teacher, [1, 2, 4, 8, 16, 32, 64])
+    print(f'\nA step of decoding takes '+', '.join(f'{s*1e3:.0f} ms for {b}' for b,s in step.items())+' rows. From that, CPU seconds of decoding these '
+        f'{len(lens)} responses of {min(lens)} to {max(lens)} tokens:\n\n| rows | batches that close up | places refilled |\n|---|---|---|')
+    for b in (16, 32, 64): print(f'| {b} | {closing(lens, b, between(step)):.1f} | {refilled(lens, b, between(step)):.1f} |')
     print()
-    return 0 if report(bars(res)) else 1
+    return 0 if report([*bars(res), *((f'writing share of {k}', w, .02) for k,(_,w) in waits.items())]) else 1
 
 if __name__=='__main__': sys.exit(main())

@@ -142,7 +142,7 @@ def plane_widths(k:Tensor, # `(n,d)` int32
     return w.to(torch.uint8)
 
 # %% ../nbs/00a_codecs.ipynb #53eec6cb
-CHUNK,BAND = 256,32
+CHUNK,BAND = 256,64
 
 def compress_chunk(k:Tensor, # `(n,d)` int32, n <= CHUNK
 )->bytes: # One zstd frame

@@ -222,7 +222,7 @@ class SampledCodec(NamedTuple):
     def fit(cls,
         h:Tensor, # `(N,d)` hidden states to calibrate on
         head:Head, # Output head
-        nbytes:float=40, # Bytes per token wanted, on the average
+        nbytes:float=40, # Bytes per token wanted, the mean over the calibration text
     ): # The codec
         "Find the threshold; ValueError where two ids do not fit"
         V = len(head.weight)
