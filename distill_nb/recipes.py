@@ -1089,8 +1089,7 @@ def limits(self:Run,
 )->list[str]: # Sentences
     "What the student is not to be trusted with"
     sizes = ', '.join(f'{len(v.n)} prompts of {s}' for s,v in rep.models[rep.student].items())
-    seen = [f"Of the benchmark {b} it was trained on {len(o['shared'])} of {o['prompts']} questions, or on something that shares {o['n']} words in a row: that score flatters." for b,o in rep.contamination.items() if b not in rep.sets and o['shared']]
-    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + seen + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
+    return [o for o in rep.statements() if level(o) in ('bad', 'warning')] + [f'Judged on {sizes}, by nearness to its teacher and not by truth.',
         "It has its teacher's errors and prejudices, and errors of its own. Nothing was done for its safety beyond what the teacher learned."]
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c10
@@ -1189,7 +1188,7 @@ def finish(self:Run,
     export_safetensors(student, self.cache.tokenizer, final, card=self.card(rep), processor=self.processor)
     check_parity(student, final, [self.cache.tokenizer.decode(self.cache[0]['input_ids'])], self.cache.tokenizer)
     with self.timed('export'): rep.settings['exports'] = self.formats(student, final)
-    if by_clock := self.speed(final, weights_sha256(student)): rep.settings['speed'] = by_clock
+    rep.speed = self.speed(final, weights_sha256(student))
     self.save(rep)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     qs = [e['meta']['prompt'] for e in self.some('heldout', k-k//2) + self.some('ood', k//2)]
