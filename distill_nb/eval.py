@@ -368,6 +368,11 @@ def against_baseline(self:Report,
     return f"{where}: no gain over '{self.baseline}' can be shown ({kls})."
 
 # %% ../nbs/04_eval.ipynb #75ce81ff
+def _nats(r):
+    "A difference from `better`, turned so that it is positive"
+    lo,hi = (r['low'], r['high']) if r['diff']>=0 else (-r['high'], -r['low'])
+    return f"{abs(r['diff']):.3f} nats per token (95% interval of the difference {lo:.3f} to {hi:.3f})"
+
 @patch
 def against_control(self:Report,
     s:str, # Name of the set
@@ -376,7 +381,7 @@ def against_control(self:Report,
     where,name = SETS.get(s, s).capitalize(),self.student_at_control or self.student
     if not self.control: return f'{where}: no equal-token control, so what plain cross-entropy on the same text would have gained is not known.'
     r,(a,b) = better(self.models[name][s], self.models[self.control][s]),(self.at.get(o) for o in (name, self.control))
-    nats = f"{abs(r['diff']):.3f} nats per token (95% interval of the difference {r['low']:.3f} to {r['high']:.3f})"
+    nats = _nats(r)
     if r['low']>0: res = f"{where}: '{name}' is better than the control by {nats}."
     elif r['high']<0: res = f"{where}: THE CONTROL IS BETTER than '{name}' by {nats}."
     else: res = f"{where}: no difference between '{name}' and the control can be shown: {nats}."
@@ -393,7 +398,7 @@ def against(self:Report,
         where,a,b = SETS.get(s, s).capitalize(),self.models[self.student][s],other.models[other.student][s]
         if (a.index, a.n)!=(b.index, b.n): return f'{where}: judged on other prompts or answers, so which student is better is not known.'
         r = better(a, b)
-        nats = f"{abs(r['diff']):.3f} nats per token (95% interval of the difference {r['low']:.3f} to {r['high']:.3f})"
+        nats = _nats(r)
         if r['low']<=0<=r['high']: return f'{where}: no difference between the two students can be shown: {nats}.'
         return f"{where}: the {'first' if r['low']>0 else 'second'} student is closer to the teacher, by {nats}."
     return [_said(s) for s in self.sets if s in other.sets]
@@ -430,7 +435,7 @@ def absolute(self:Report,
 @patch
 def contaminated(self:Report)->list[str]: # One sentence for each set or benchmark that shares something with the training prompts
     "What was trained on and judged on"
-    def _said(s, c): return f"{SETS.get(s, s).capitalize()}: THE SET IS CONTAMINATED: {len(c['shared'])} of {c['prompts']} prompts are training prompts, or share {c['n']} words in a row with one; its scores flatter."
+    def _said(s, c): return f"{SETS.get(s, s).capitalize() if s in self.sets else f'Benchmark {s}'}: THE SET IS CONTAMINATED: {len(c['shared'])} of {c['prompts']} prompts are training prompts, or share {c['n']} words in a row with one; its scores flatter."
     return [_said(s, c) for s,c in self.contamination.items() if c['shared']]
 
 # %% ../nbs/04_eval.ipynb #75c706a5
@@ -460,11 +465,15 @@ def more_rows(self:Report)->list[tuple]: # Set, model, top-5 agreement, acceptan
 # %% ../nbs/04_eval.ipynb #e222ddca
 def benchmark_rows(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
 )->list[tuple]: # One for each benchmark: name, questions, guessing, then a cell for each model
-    "Accuracies in percent, with standard errors"
+    "Accuracies in percent, with standard errors; with the 95% interval where all or nothing was right"
     names = list(dict.fromkeys(b for r in results.values() for b in r))
-    cell = lambda r: '' if r is None else r.get('not_run') or f"{100*r['accuracy']:.1f} ± {100*r['stderr']:.1f}"
+    def _cell(r):
+        if 'not_run' in r: return r['not_run'].split(':')[0]
+        if not r: return ''
+        sure = r['accuracy'] in (0, 1) and 'high' in r
+        return f"{100*r['accuracy']:.1f} "+(f"({100*r['low']:.0f} to {100*r['high']:.0f})" if sure else f"± {100*r['stderr']:.1f}")
     first = lambda b: next((r[b] for r in results.values() if 'n' in r.get(b, {})), {})
-    return [(b, first(b).get('n', ''), f"{100*first(b).get('chance', 0):.0f}" if first(b) else '', *[cell(r.get(b)) for r in results.values()]) for b in names]
+    return [(b, first(b).get('n', ''), f"{100*first(b).get('chance', 0):.0f}" if first(b) else '', *[_cell(r.get(b, {})) for r in results.values()]) for b in names]
 
 def benchmark_table(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
 )->str: # Markdown
@@ -473,11 +482,13 @@ def benchmark_table(results:dict, # Model name to {benchmark: result of `run_ben
 
 # %% ../nbs/04_eval.ipynb #5d1c0ab4
 def benchmark_sources(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
-)->list[str]: # One sentence for each benchmark that was run and names its source
+)->list[str]: # One sentence for each benchmark that names its source, or the reason why it was not run
     "Where the questions come from"
-    ran = {b: o for r in results.values() for b,o in r.items() if o.get('source')}
+    every = [(b, o) for r in results.values() for b,o in r.items()]
+    why = {b: f"{b}: {o['not_run']}." for b,o in every if ':' in o.get('not_run', '')}
     words = dict(sample='{}', source='source {}', file='file {}', sha256='sha256 {}', how='scored by: {}')
-    return [f"{b}: {', '.join(w.format(o[k]) for k,w in words.items() if o.get(k))}." for b,o in ran.items()]
+    ran = {b: f"{b}: {', '.join(w.format(o[k]) for k,w in words.items() if o.get(k))}." for b,o in every if 'n' in o and o.get('source')}
+    return list((ran | why).values())
 
 # %% ../nbs/04_eval.ipynb #944d93f3
 SPEED = 'model', 'engine', 'tokens/s', 'first token, ms', 'peak memory, MB'
