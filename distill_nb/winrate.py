@@ -7,7 +7,7 @@ Docs: https://example.org/distill_nb/winrate.html.md"""
 # %% auto #0
 __all__ = ['QUESTION', 'verdict', 'preferences', 'length_controlled', 'win_rate', 'alpaca_prompts', 'alpaca_eval']
 
-# %% ../nbs/05b_winrate.ipynb #a5bec23c
+# %% ../nbs/05b_winrate.ipynb #b2978944
 import json, os, random, re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .sources import ask_server
 
-# %% ../nbs/05b_winrate.ipynb #5f9fb3d9
+# %% ../nbs/05b_winrate.ipynb #d0de1671
 QUESTION = """Here is an instruction and two answers to it. Which answer follows the instruction better? Length is no merit.
 
 Instruction:
@@ -37,7 +37,7 @@ def verdict(text:str, # What the judge wrote
     said = set(re.findall(r'\b[AB]\b', text))
     return .5 if len(said)!=1 else float(said=={'A'})
 
-# %% ../nbs/05b_winrate.ipynb #4851067d
+# %% ../nbs/05b_winrate.ipynb #aa017c1d
 def preferences(prompts:list[str], # Instructions
     ours:list[str], # Answers of the model that is judged
     theirs:list[str], # Answers of the other
@@ -53,7 +53,7 @@ def preferences(prompts:list[str], # Instructions
     first,second = said[:n],[1-o for o in said[n:]]
     return [(a+b)/2 for a,b in zip(first, second)],sum(a==b!=.5 for a,b in zip(first, second))/n
 
-# %% ../nbs/05b_winrate.ipynb #c13b51fe
+# %% ../nbs/05b_winrate.ipynb #00ecae75
 def length_controlled(prefs:Tensor, # `(n,)`, 0 to 1
     delta:Tensor, # `(n,)`, characters of our answer less those of the other
     weights:Tensor=None, # `(B,n)`, how often each pair counts; default: one row of ones
@@ -62,14 +62,14 @@ def length_controlled(prefs:Tensor, # `(n,)`, 0 to 1
     y,delta = prefs.double(),delta.double()
     w = torch.ones(1, len(y), dtype=torch.float64) if weights is None else weights.double()
     x = torch.stack([torch.ones_like(y), (delta/delta.std().clamp_min(1e-9)).tanh()], 1)
-    beta,ridge = w.new_zeros(len(w), 2),.01*torch.eye(2, dtype=torch.float64)
-    for _ in range(30):
+    xx,beta,ridge = (x[:,:,None]*x[:,None]).flatten(1),w.new_zeros(len(w), 2),.01*torch.eye(2, dtype=torch.float64)
+    for _ in range(20):
         p = (beta@x.T).sigmoid()
-        curve = torch.einsum('bn,ni,nj->bij', w*p*(1-p), x, x)+ridge
+        curve = ((w*p*(1-p))@xx).view(-1, 2, 2)+ridge
         beta = beta+torch.linalg.solve(curve, (w*(y-p))@x-beta@ridge).clamp(-2, 2)
     return beta[:,0].sigmoid()
 
-# %% ../nbs/05b_winrate.ipynb #ce902a63
+# %% ../nbs/05b_winrate.ipynb #fac7a568
 def win_rate(prefs:list[float], # From `preferences`
     ours:list[str], # Answers of the model that is judged
     theirs:list[str], # Answers of the other
@@ -85,14 +85,14 @@ def win_rate(prefs:list[float], # From `preferences`
     res = dict(n=n, accuracy=length_controlled(y, delta).item(), stderr=drawn.std().item(), low=low, high=high, chance=.5)
     return res | dict(right=list(prefs), plain=y.mean().item(), longer=delta.mean().item())
 
-# %% ../nbs/05b_winrate.ipynb #d98197ef
+# %% ../nbs/05b_winrate.ipynb #02db78e8
 def alpaca_prompts(limit:int=100, # At most so many
 )->list[str]: # A fixed sample
     "Instructions of AlpacaEval, from the hub; raises `OSError` where there is none"
     rows = json.loads(Path(hf_hub_download('tatsu-lab/alpaca_eval', 'alpaca_eval.json', repo_type='dataset')).read_text(encoding='utf-8'))
     return [o['instruction'] for o in random.Random(0).sample(rows, min(limit, len(rows)))]
 
-# %% ../nbs/05b_winrate.ipynb #4d4d1750
+# %% ../nbs/05b_winrate.ipynb #9687aa13
 def alpaca_eval(prompts:list[str], # Instructions
     ours:list[str], # Answers of the model that is judged
     theirs:list[str], # Answers of the other
