@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
+EVAL = .venv/.eval
 CHECKED = nbs tests bench tools/docs.py setup.py $(wildcard distill_nb/[a-z]*.py)
 
 .PHONY: help setup demo test docs export clean
@@ -17,12 +18,16 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-setup: $(READY)
+$(EVAL): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[eval]'
+	touch $@
+
+setup: $(EVAL)
 
 demo: $(READY)
 	$(BIN)/distill demo
 
-test: $(READY)
+test: $(EVAL)
 	$(BIN)/python -c 'from distill_nb.synthesis import embedded_teacher; embedded_teacher()'
 	$(BIN)/chkstyle $(CHECKED)
 	tmp=$$(mktemp -d) && chmod 755 "$$tmp" && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" HF_HUB_OFFLINE=1 && \

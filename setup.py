@@ -8,6 +8,7 @@ c = ini['DEFAULT']
 n = c['lib_name']
 setup(name=n, version=c['version'], description=c['description'], author=c['author'], author_email=c['author_email'], license=c['license'],
     python_requires=f">={c['min_python']}", install_requires=c['requirements'].split(),
-    extras_require=dict(export=c['export_requirements'].split(), dev=(c['dev_requirements']+' '+c['export_requirements']).split()),
+    extras_require=dict(export=c['export_requirements'].split(), eval=c['eval_requirements'].split(),
+        dev=(c['dev_requirements']+' '+c['export_requirements']).split()),
     packages=find_packages(include=[n]), package_data={n: ['data/*']},
     entry_points=dict(console_scripts=[c['console_scripts']], nbdev=[f'{n}={n}._modidx:d']))

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from .benchmarks import Question, last_number, tally
 from .cache import replace_file
-from .eval import eval_mode
+from .eval import SPEED, _md, eval_mode, speed_rows
 from .export import EXTRA, allowed, compare_logits, continue_greedily, judge
 from .student import HARD
 from .synthesis import Head
@@ -256,10 +256,7 @@ def bench_models(models:dict[str, str|Path], # Name to GGUF or folder
 def bench_table(res:dict[str, dict], # From `bench_models`
 )->str: # Markdown, for a report or a model card
     "Models, engines, speed and memory as a table"
-    mb = lambda o: '-' if o['memory_mb'] is None else f"{o['memory_mb']:,.0f}"
-    rows = [('model', 'engine', 'tokens/s', 'first token, ms', 'peak memory, MB'), ['---']*5]
-    rows += [(k, o['engine'], f"{o['tokens_per_s']:.1f}", f"{1000*o['first_token_s']:.0f}", mb(o)) for k,o in res.items()]
-    return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
+    return _md(SPEED, speed_rows(res))
 
 # %% ../nbs/05a_serving.ipynb #f6870724
 def bench_serving(student:str|Path, # GGUF of the student

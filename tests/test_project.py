@@ -13,7 +13,7 @@ import nbstyle
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
 ORDER = ['synthesis', 'codecs', 'sparse', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'trainer', 'stages', 'vision', 'eval', 'benchmarks',
-    'export', 'serving', 'recipes', 'plan']
+    'export', 'serving', 'winrate', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 
@@ -73,7 +73,7 @@ def test_one_source_of_metadata():
     c = ini['DEFAULT']
     assert version('distill_nb')==c['version']
     pinned = {re.split('[=<>]', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().split()}
-    want = {re.split('[=<>]', r)[0].lower().replace('_', '-') for r in (c['requirements']+' '+c['dev_requirements']+' '+c['export_requirements']).split()}
+    want = {re.split('[=<>]', r)[0].lower().replace('_', '-') for r in (c['requirements']+' '+c['dev_requirements']+' '+c['export_requirements']+' '+c['eval_requirements']).split()}
     assert want <= pinned, want-pinned
 
 def test_prompts_are_clean():

@@ -215,8 +215,8 @@ def test_template_runs_to_a_report(pair, tmp_path):
     rep = quiet(run, config, False)
     assert set(rep.models)=={'teacher', 'start', 'student'} and len(rep.models['student']['heldout'].n)==132 and len(rep.samples)==5
     assert all(set(o)=={'arithmetic', 'bbh', 'alpaca_eval'} and o['arithmetic']['n']==2 for o in rep.benchmarks.values())
-    assert {k: o['engine'] for k,o in rep.settings['speed'].items()}==dict(teacher='transformers', student='transformers')
-    assert all(o['tokens_per_s']>0 and o['first_token_s']>0 for o in rep.settings['speed'].values()) and 'tokens_per_s' in str(rep)
+    assert {k: o['engine'] for k,o in rep.speed.items()}==dict(teacher='transformers', student='transformers')
+    assert all(o['tokens_per_s']>0 and o['first_token_s']>0 for o in rep.speed.values()) and 'peak memory, MB' in str(rep)
     assert all(rep.benchmarks['student'][k]['not_run'].startswith('not run') for k in ('bbh', 'alpaca_eval'))
     rows = load_json(tmp_path/'run/history-student.json')['rows']
     assert len(rows)==4 and all(len(r['examples'])==16 and r['feature']>0 for r in rows)
@@ -321,6 +321,27 @@ RELATIONS = {'student.relations': dict(n_heads=8), 'training.schedule': {}, 'tra
 STOP = {'validation.eval_frequency': 1}
 
 # key: what else the file must say, the value, what sees it, and what is seen
+TASK = """task: everyday
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: [odd, even]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+JUDGE = {'validation.benchmarks': ['alpaca_eval'], 'validation.limit': 2, 'validation.judge': dict(url='http://a')}
+
+def judge_asked(r):
+    "How the judge is asked, by the answers of two models to the held-out prompts"
+    with mock.patch.object(recipes, 'alpaca_prompts', side_effect=OSError('no hub')), mock.patch.object(recipes, 'alpaca_eval', side_effect=lambda *a: dict(n=len(a[0]))) as m:
+        res = r.benchmarks(dict(student=r.learner()))
+    assert m.call_count==2 and res['teacher']['alpaca_eval']==dict(not_run='the reference') and res['student']['alpaca_eval']['source']=='held-out prompts' and res['before']['alpaca_eval']['n']==2
+    url,path,*rest = m.call_args[0][3:]
+    assert path.parent==r.out
+    return url,*rest
+
 EFFECTS = {
     'teacher.model_id': ({}, 'STUDENT', lambda r: r.load_teacher().model.config.hidden_size, 32), 'teacher.cache_dir': ({}, 'elsewhere', lambda r: given('build_cache', Run.synth)(r)[0][2], 'elsewhere'),
     'teacher.dtype': ({}, 'bfloat16', lambda r: r.load_teacher().model.dtype, torch.bfloat16), 'teacher.store': ({}, 'int8', kw('dtype'), 'int8'),
@@ -359,6 +380,9 @@ EFFECTS = {
     'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
     'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
+    'validation.tasks': ({'validation.benchmarks': ['everyday'], 'validation.limit': 2}, 'TASKS', lambda r: r.benchmarks(dict(student=r.learner()))['student']['everyday']['n'], 2),
+    'validation.judge.url': (JUDGE, 'http://b', judge_asked, ('http://b', '', 'OPENAI_API_KEY')), 'validation.judge.model': (JUDGE, 'large', judge_asked, ('http://a', 'large', 'OPENAI_API_KEY')),
+    'validation.judge.key_from': (JUDGE, 'MY_KEY', judge_asked, ('http://a', '', 'MY_KEY')),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
     'validation.early_stopping.metric': (STOP, 'perplexity', watched, 4), 'validation.early_stopping.best': (STOP, False, kept_best, 0), 'validation.answers': ({}, 2, asked_at_the_end, 2),
     'validation.own_text': ({}, 2, lambda r: r.on_own_text(r.learner())['student']['n'], 2),
@@ -386,6 +410,9 @@ def asked(pair, tmp_path_factory):
     "A file of few words, and its cache"
     d = tmp_path_factory.mktemp('keys')
     (d/'one.jsonl').write_text(json.dumps(dict(prompt='Say hello.', split='train'))+'\n')
+    (d/'tasks').mkdir()
+    (d/'rows.jsonl').write_text(''.join(json.dumps(dict(question=f'{i} is', answer=i%2))+'\n' for i in range(3)))
+    (d/'tasks/everyday.yaml').write_text(TASK.format(rows=d/'rows.jsonl'))
     (d/'domain.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}.', split=s))+'\n' for s in ('train', 'domain') for i in range(2)))
     o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
         student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
@@ -406,7 +433,7 @@ def test_key_has_its_effect(key, asked, pair, tmp_path):
     o = json.loads(json.dumps(base))
     more = json.loads(json.dumps(more).replace('DOMAIN', str(d/'domain.jsonl')))
     for k,v in more.items(): put(o, k, v)
-    names = dict(STUDENT=pair[1], TEACHER=pair[0], FILE=str(d/'one.jsonl'), OUT=str(tmp_path/'other'))
+    names = dict(STUDENT=pair[1], TEACHER=pair[0], TASKS=str(d/'tasks'), FILE=str(d/'one.jsonl'), OUT=str(tmp_path/'other'))
     if key!='out': o['out'] = str(tmp_path/'out')
     if value is not None: put(o, key, names.get(value, value) if isinstance(value, str) else value)
     with mock.patch.object(recipes, 'check_models'), mock.patch.object(recipes, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
@@ -427,6 +454,19 @@ def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): assert main(['eval', str(tmp_path/'t.yaml')])==0
     new = Report.load(tmp_path/'run/report')
     assert new.models.keys()==rep.models.keys() and set(new.benchmarks)=={'teacher', 'before', 'student', 'control'}
+
+def test_what_was_not_run_is_tried_again_and_the_rest_is_kept(asked, tmp_path):
+    d,base,cache = asked
+    o = json.loads(json.dumps(base)) | dict(out=str(tmp_path), validation=dict(benchmarks=['arithmetic', 'bbh'], limit=2))
+    with mock.patch.object(recipes, 'check_models'), mock.patch.object(recipes, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
+    r.cache = r.judged = cache
+    models,tried = dict(student=r.learner()),[]
+    def had(model, tok, names, *a, **kw):
+        tried.extend(names)
+        return {n: dict(n=2, accuracy=.5) if n=='arithmetic' or tried.count('bbh')>3 else dict(not_run='not run: no hub') for n in names}
+    with mock.patch.object(recipes, 'run_benchmarks', had): first,second,third = [quiet(r.benchmarks, models)['student'] for _ in range(3)]
+    assert first['arithmetic']==third['arithmetic'] and 'not_run' in first['bbh'] and second['bbh']==third['bbh']==dict(n=2, accuracy=.5)
+    assert (tried.count('arithmetic'), tried.count('bbh'))==(3, 6)
 
 def test_report_is_there_when_what_follows_fails(pair, tmp_path):
     o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
