@@ -174,7 +174,7 @@ def projection_cost(config:Config, # With a projection
 )->float: # Share of the rest of training, in operations
     "What matching hidden states adds"
     p = config.student.projection
-    return 4*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
+    return 6*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
 
 # %% ../nbs/06a_plan.ipynb #34073fbe
 def asked_again(config:Config, # What is planned
