@@ -92,12 +92,13 @@ def test_lesson_solved_and_each_check_says_why(p):
         n += 1
     assert n>=3
 
-@pytest.fixture(scope='module')
-def other(tmp_path_factory):
-    "A random teacher of another family, width and vocabulary, whose padding is not its end"
+@pytest.fixture(scope='module', params=['<nothing>', None], ids=['own padding', 'no padding'])
+def other(request, tmp_path_factory):
+    "A random teacher of another family, width and vocabulary, whose padding is not its end, as in Qwen, or missing, as in Llama"
     torch.manual_seed(0)
     tok,d = AutoTokenizer.from_pretrained(embedded_teacher()),tmp_path_factory.mktemp('other')
-    tok.add_special_tokens(dict(pad_token='<nothing>'))
+    if request.param: tok.add_special_tokens(dict(pad_token=request.param))
+    else: tok.pad_token = None
     c = Qwen2Config(vocab_size=len(tok)+7, hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
         initializer_range=.4, tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     for o in (Qwen2ForCausalLM(c), tok): o.save_pretrained(d)
