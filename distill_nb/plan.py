@@ -367,12 +367,18 @@ any student:
 
 presets: '''
 
+# %% ../nbs/06a_plan.ipynb #7161e26b
+def _above_0(s):
+    "A number of the command line"
+    if not 0<(v := float(s))<math.inf: raise argparse.ArgumentTypeError(f'should be a number above 0, got {s}')
+    return v
+
 # %% ../nbs/06a_plan.ipynb #7e87b3de
 ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student and report (default: demo)'))],
     init=[('preset', dict(nargs='?', default='demo', help='name of a preset (default: demo)')), ('--to', dict(metavar='FILE', help='file to write (default: the name of the preset)'))],
     plan=[('path', dict(help='YAML file')), ('--cpu', dict(action='store_true', help='plan for a CPU')),
-        ('--tflops', dict(type=float, help='speed of the machine, TFLOP/s (default: 312 for a GPU, 0.2 for a CPU)')),
-        ('--gbps', dict(type=float, help='bandwidth of its memory, GB/s (default: 2000 and 20)'))],
+        ('--tflops', dict(type=_above_0, help='speed of the machine, TFLOP/s (default: 312 for a GPU, 0.2 for a CPU)')),
+        ('--gbps', dict(type=_above_0, help='bandwidth of its memory, GB/s (default: 2000 and 20)'))],
     run=[('path', dict(help='YAML file')), ('--dry-run', dict(action='store_true', help='check everything, print the plan, run nothing'))],
     compare=[('path', dict(nargs='+', help='folder of a run or of a report'))],
     stats=[('path', dict(help='folder of the cache'))],

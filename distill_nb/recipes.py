@@ -253,6 +253,7 @@ def read_yaml(path:str|Path, # A YAML file
         return loader.construct_document(node),lines
     except yaml.MarkedYAMLError as e:
         raise ValueError(f'{path}, line {(e.problem_mark or e.context_mark).line+1}: {e.problem} (plain YAML values only)') from e
+    except OSError as e: raise ValueError(f'{path}: {e.strerror.lower()}: give a YAML file; `distill init` writes one to start from') from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path}: no text in UTF-8: {e}') from e
 
 # %% ../nbs/06_recipes.ipynb #bba09429
@@ -281,7 +282,7 @@ def suggest(where:tuple, # Path of the table
 def explain(e:dict)->str: # `e`: one of pydantic's errors
     "An error in the reader's terms"
     loc = tuple(o for o in e['loc'] if isinstance(o, str))
-    where,got = '.'.join(map(str, e['loc'])),f", got {e['input']!r:.60}"
+    where,got = '.'.join(map(str, e['loc'])),f", got {'nothing' if e['input'] is None else repr(e['input'])[:60]}"
     if e['type']=='extra_forbidden': return f'{where}: unknown key'+suggest(loc[:-1], loc[-1])
     if e['type']=='missing': return f'{where}: is missing'
     if e['type']=='model_type': return f"{where}: should be a table with the keys {', '.join(tables()[loc].model_fields)}{got}"
