@@ -6,10 +6,10 @@ Docs: https://example.org/distill_nb/plan.html.md"""
 
 # %% auto #0
 __all__ = ['FIELDS', 'SHAPES', 'EYES', 'BYTES', 'SPEEDS', 'SHARE', 'IMAGE_TOKENS', 'COMMANDS', 'EPILOG', 'ARGS', 'short_name',
-           'local_config', 'shape', 'empty_model', 'eyes', 'Sizes', 'student_sizes', 'activations', 'student_memory',
-           'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost', 'asked_again', 'seconds', 'Plan', 'types',
-           'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init', 'compare_reports', 'parser', 'command',
-           'work', 'obstacles', 'both', 'verify', 'look', 'main']
+           'local_config', 'shape', 'empty_model', 'eyes', 'head_width', 'kept_numbers', 'Sizes', 'student_sizes',
+           'activations', 'student_memory', 'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost',
+           'asked_again', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init',
+           'compare_reports', 'parser', 'command', 'work', 'obstacles', 'both', 'verify', 'look', 'main']
 
 # %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
@@ -73,6 +73,17 @@ def eyes(model_id:str, # Folder, hub id, or 'embedded'
     if not hasattr(c, 'vision_config'): return 0 if c else EYES.get(short_name(model_id), 0)
     return empty_model(c, AutoModelForImageTextToText).num_parameters()-empty_model(c.get_text_config(decoder=True)).num_parameters()
 
+# %% ../nbs/06a_plan.ipynb #d7c34f59
+def head_width(c:PretrainedConfig, # Of a language model
+)->int: # Numbers
+    "Width of an attention head"
+    return getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+
+def kept_numbers(c:PretrainedConfig, # Of a language model
+)->int: # Keys and values of all blocks
+    "Numbers that attention keeps of each token"
+    return 2*c.num_hidden_layers*(getattr(c, 'num_key_value_heads', None) or c.num_attention_heads)*head_width(c)
+
 # %% ../nbs/06a_plan.ipynb #c6be3baa
 class Sizes(NamedTuple):
     "A student in numbers"
@@ -114,8 +125,8 @@ def activations(c:PretrainedConfig, # Shape of the student
 )->int: # Bytes
     "What the blocks keep from the forward for the backward pass"
     d,n = c.hidden_size,c.num_hidden_layers if blocks is None else blocks
-    q = c.num_attention_heads*(getattr(c, 'head_dim', None) or d//c.num_attention_heads)
-    block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*c.intermediate_size+length)
+    q,f = c.num_attention_heads*head_width(c),getattr(c, 'intermediate_size', None) or getattr(c, 'n_inner', None) or 4*d
+    block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*f+length)
     return n_tokens*(4*d*n+block if checkpointing else block*n)
 
 # %% ../nbs/06a_plan.ipynb #b88a0683
@@ -138,10 +149,9 @@ def teacher_memory(config:Config, # What is planned
 )->dict[str, int]: # Part to bytes; their sum is the peak
     "What synthesis holds on the device"
     c,n = shape(config.teacher.model_id),config.teacher.synthesis.batch_size
-    w = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
     whole = empty_model(c).num_parameters()+eyes(config.teacher.model_id)
     beside = 4*student_sizes(config).total if any(s.kind=='on_policy' for s in stage_list(config)) else 0
-    return dict(weights=width*whole, keys_and_values=2*width*c.num_hidden_layers*c.num_key_value_heads*w*n*length,
+    return dict(weights=width*whole, keys_and_values=width*kept_numbers(c)*n*length,
         captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24), student_of_a_round=beside)
 
 # %% ../nbs/06a_plan.ipynb #7efe3e0c
@@ -251,7 +261,7 @@ def served(config:Config, # What is planned
     "Memory of the student in use, in bf16"
     s = student_sizes(config)
     c,adapters = s.config,s.trains if config.student.lora else 0
-    return 2*(s.total-adapters) + 4*length*c.num_hidden_layers*c.num_key_value_heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
+    return 2*(s.total-adapters) + 2*length*kept_numbers(c)
 
 # %% ../nbs/06a_plan.ipynb #9054b0cd
 IMAGE_TOKENS = 1100 # of an image cut into 17 pieces, the most that SmolVLM makes of one
