@@ -297,7 +297,7 @@ def _time(s):
 
 @patch
 def __str__(self:Plan):
-    s,gb = self.settings,lambda v: f'{v/1e9:.1f} GB'
+    s,gb = self.settings,lambda v: f'{v/1e9:.1f} GB' if v>=1e8 else f'{v/1e6:.1f} MB'
     res = [f"{s['prompts']} prompts, sequences of up to {s['length']} tokens; {s['device'].upper()} of {s['tflops']:g} TFLOP/s and {s['gbps']:g} GB/s"]
     for name,does,parts in (('teacher', 'writes', self.teacher), ('student', 'trains', self.student)):
         n = sum(parts.values())

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest, torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
@@ -432,3 +432,19 @@ def test_report_is_there_when_what_follows_fails(pair, tmp_path):
     o['distillation'] |= dict(prompts=dict(train=8, heldout=3, ood=2), validation=dict(answers=0))
     with mock.patch.object(recipes, 'export_safetensors', side_effect=OSError('disk full')), pytest.raises(OSError, match='disk full'): quiet(run, Config.from_dict(o), False)
     assert 'student' in Report.load(tmp_path/'run/report').models
+
+def test_pair_of_another_family_without_chat_template(tmp_path, capsys):
+    tok = AutoTokenizer.from_pretrained(embedded_teacher())
+    tok.chat_template = None
+    for name,width,seed in (('teacher', 48, 0), ('student', 32, 1)):
+        torch.manual_seed(seed)
+        m = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=width, n_layer=2, n_head=2, n_positions=256, initializer_range=.15, bos_token_id=1, eos_token_id=2))
+        for o in (m, tok): o.save_pretrained(tmp_path/name)
+    o = dict(teacher=dict(model_id=str(tmp_path/'teacher'), cache_dir=str(tmp_path/'cache'), synthesis=dict(max_new_tokens=4)), student=dict(model_id=str(tmp_path/'student')),
+        prompts=dict(train=12, heldout=4, ood=0), training=dict(schedule=dict(max_steps=4, warmup_steps=1), control_steps=2), validation=dict(answers=1), out=str(tmp_path/'run'))
+    (tmp_path/'t.yaml').write_text(json.dumps(dict(distillation=o)))
+    assert main(['plan', str(tmp_path/'t.yaml')])==main(['run', str(tmp_path/'t.yaml'), '--dry-run'])==0 and not (tmp_path/'run').exists()
+    assert main(['run', str(tmp_path/'t.yaml')])==0
+    rep = Report.load(tmp_path/'run/report')
+    assert set(rep.models)=={'teacher', 'start', 'student', 'student @ 2 steps', 'control'} and set(rep.samples[0]['answers'])=={'teacher', 'before', 'after'}
+    assert GPT2LMHeadModel.from_pretrained(tmp_path/'run/model').config.n_embd==32
