@@ -101,7 +101,7 @@ def section(res):
     p = res['projection']
     share = f"A step of `low_latency`, seconds: {', '.join(f'{k} {v:.2f}' for k,v in p['parts'].items())}. The projections are {p['share']:.2%} of the rest; by operations {p['flops']:.2%}."
     return '\n\n'.join(['## Plan', "Growth of a process on the demo's pair, against `distill plan` for the same lengths; and the projections of the preset `low_latency`, by the clock. One thread.",
-        f'Machine: {machine()}.', '\n'.join(rows), share])
+        f'Machine: {machine()}.', *['\n'.join(rows)]*(len(rows)>2), share])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

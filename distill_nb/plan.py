@@ -498,7 +498,7 @@ def main(argv:list[str]=None, # Words of the command line; default: those of thi
         print(f'distill: {e}', file=sys.stderr)
         return 1
     if not rep: return 0
-    print(f'\n{rep}\n\nEverything is in {out}')
+    print(f'\n{rep}\n\nEverything is in {out}, the report as a page in {out}/report/report.html')
     lost = [k for k,v in rep.settings.get('exports', {}).items() if 'failed' in v]
     if lost: print(f"distill: {', '.join(lost)}: not exported, see the end of the report", file=sys.stderr)
     return int(bool(lost))

@@ -32,7 +32,7 @@ from transformers.utils import cached_file
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
 from .benchmarks import NOT_HERE, REASONING, TASKS, load_items, run_benchmarks
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
-from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
+from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, how_used, model_card
 from .projection import ProjectionHead, map_layers
 from .serving import add_serving, bench_models, check_gguf
 from .stages import on_policy, self_distill
@@ -1081,7 +1081,7 @@ def card(self:Run,
     who = dict(base_model=HUB_ID, teacher=TEACHER_NAME, license='apache-2.0') if emb else dict(base_model=c.teacher.model_id, teacher=c.teacher.model_id)
     wrote = f"answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each" if 'temperature' in g else 'with responses of others, which the teacher read'
     return model_card(rep, **who, data=f'{n} instructions, {wrote}.', losses=f'{how}; each step {t.memory.batch_size*t.memory.gradient_accumulation} sequences.',
-        limits=self.limits(rep), licences=self.licences(), reproduce=self.again(), config=None)
+        limits=self.limits(rep), licences=self.licences(), reproduce=self.again(), config=None, **how_used(self.cache.tokenizer, self.sees))
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c0f
 @patch
