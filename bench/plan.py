@@ -78,7 +78,7 @@ def projection(a):
     x,y = torch.randn(a.rows, ds, requires_grad=True),torch.randn(a.rows, dt)
     heads = torch.nn.Linear(ds, V, bias=False),Head(torch.randn(V, dt)/dt**.5)
     head = ProjectionHead(dt, ds, p.use_layernorm, 'student_to_teacher')
-    s.hidden_size,s.intermediate_size,s.num_attention_heads,s.num_key_value_heads = ds,s.intermediate_size//a.shrink,s.num_attention_heads//a.shrink,max(1, s.num_key_value_heads//a.shrink)
+    for k in ('hidden_size', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads'): setattr(s, k, getattr(s, k)//a.shrink)
     loss = lambda: linear_divergence(x, heads[0], (y, heads[1]), c.training.loss.temperature).loss.backward()
     parts = dict(blocks=n*seconds(block(s, x)), loss=16*seconds(loss), projections=p.n_layers*seconds(lambda: hidden_loss(head(x), y).mean().backward()))
     return dict(parts=parts, share=parts['projections']/(parts['blocks']+parts['loss']), flops=projection_cost(c))
