@@ -280,7 +280,7 @@ def make_plan(config:Config, # What is planned
     host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     return Plan(on, off, host, disk, seconds(config, n, mean, *speed, width), served(config),
-        dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]))
+        dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1], projection=projection_cost(config)))
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
@@ -303,6 +303,7 @@ def __str__(self:Plan):
         n = sum(parts.values())
         res += [f'\nWhile the {name} {does}: {gb(n)} on the device ({fits(n)}), {gb(self.host[name])} of host memory, about {_time(self.seconds[name])}']
         res += [f"  {k.replace('_', ' '):26} {gb(v):>9}" for k,v in parts.items() if v]
+    if s['projection']: res.append(f"  Matching hidden states adds {s['projection']:.2%} to the operations of training")
     return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
 

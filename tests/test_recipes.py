@@ -202,7 +202,7 @@ def test_student_that_sees_is_judged_against_any_teacher(seeing, pair, tmp_path)
 def test_projection_of_low_latency_costs_less_than_two_percent():
     c = preset('low_latency')
     assert 0<projection_cost(c)<.02
-    print(f'projection: {projection_cost(c):.2%} of the operations of training')
+    assert f'adds {projection_cost(c):.2%} to the operations of training' in str(make_plan(c))
 
 def test_template_means_what_it_says(tmp_path):
     (tmp_path/'t.yaml').write_text(TEMPLATE)
