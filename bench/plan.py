@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does a run need the memory that `distill plan` states, and cost its projections what it says? On the demo's pair, on the CPU.
 
-usage: plan.py [--demo demo] [--prompts 32] [--steps 2] [--rows 128] [--no-write] [--quick]
+usage: plan.py [--demo demo] [--prompts 12] [--steps 2] [--rows 64] [--no-write] [--quick]
 
 Teacher: the demo's own writes answers to the longest `--prompts` of its training prompts, into a cache. Student: the start of a finished demo (`make demo`, for
 its folder) trains on the four longest examples. Each is a fresh process, and its growth (VmHWM less what was resident before the model was loaded) is compared with the sum of the plan.
@@ -90,10 +90,10 @@ def spawn(a, part):
     out = subprocess.run(args, stdout=subprocess.PIPE, text=True, check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
     return json.loads(out.stdout.splitlines()[-1])
 
-def section(res):
+def section(a, res):
     "The section of RESULTS.md"
     rows = ['| | planned, GB | measured, GB | largest parts of the plan |', '|---|---|---|---|']
-    for k,what in dict(teacher='teacher writes', student='student trains').items():
+    for k,what in dict(teacher=f'teacher writes {a.prompts} answers', student='student trains').items():
         if k not in res: continue
         o = res[k]
         most = ', '.join(f"{n.replace('_', ' ')} {v:.2f}" for n,v in sorted(o['parts'].items(), key=lambda i: -i[1])[:3])
@@ -106,7 +106,7 @@ def section(res):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--demo', type=Path, default=Path('demo'))
-    for k,v in dict(prompts=32, steps=2, rows=128).items(): p.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(prompts=12, steps=2, rows=64).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--shrink', type=int, default=1, help=argparse.SUPPRESS)
     p.add_argument('--no-write', action='store_true', help='print only')
     p.add_argument('--quick', action='store_true', help='projections only, narrow, printed only')
@@ -117,7 +117,7 @@ def main():
     res = {k: spawn(a, k) for k in PARTS if not a.quick or k=='projection'}
     bars = [(f'plan_memory_error_{k}', abs(res[k]['planned']/res[k]['measured']-1), .2) for k in ('teacher', 'student') if k in res]
     bars += [('projection_share', res['projection']['share'], .02)] if not a.quick else []
-    text = section(res)
+    text = section(a, res)
     print(text)
     said = [f"BAR {n} {v:.3f} {lim:.2f} {'ok' if v<=lim else 'short'}" for n,v,lim in bars]
     if not a.no_write: write(text+'\n\n```\n'+'\n'.join(said)+'\n```')
