@@ -4,17 +4,17 @@
 usage: plan.py [--demo demo] [--prompts 12] [--steps 2] [--rows 64] [--no-write] [--quick]
 
 Teacher: the demo's own writes answers to the longest `--prompts` of its training prompts, into a cache. Student: the start of a finished demo (`make demo`, for
-its folder) trains on the four longest examples. Each is a fresh process, and its growth (VmHWM less what was resident before the model was loaded) is compared with the sum of the plan.
+its folder) trains on the four longest examples. Each is a fresh process, and its growth (VmHWM less what was resident before the model was loaded, libraries included) is compared with the sum of the plan.
 Projections: the parts of a training step of the preset `low_latency` at their true widths, `--rows` tokens, all of them targets: one block with activation checkpointing (times
 the student's blocks), the loss against both heads (on a sixteenth of the vocabulary, times sixteen), and one projection (times two). Its share is also the FLOP ratio of `projection_cost`.
 Writes the section "Plan" of RESULTS.md, ends with lines `BAR name value limit ok|short`, and exits 1 where one is short; `--quick` measures the projections at an
 eighth of their widths, and writes nothing. One thread, Linux only.
 """
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse, ctypes, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill_nb.cache import TeacherCache, build_cache
 from distill_nb.loss import hidden_loss, linear_divergence
@@ -30,8 +30,17 @@ def sums(parts, before, length):
     "Planned parts and the measured growth, in GB"
     return dict(parts={k: v/1e9 for k,v in parts.items() if v}, planned=sum(parts.values())/1e9, measured=(status('VmHWM')-before)*2**20/1e9, length=length)
 
+def small():
+    "A random model of the demo's vocabulary: using it first loads what torch loads late"
+    size = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**size, eos_token_id=2, pad_token_id=2))
+
 def teacher(a):
     "Answer the longest prompts"
+    tok = AutoTokenizer.from_pretrained(embedded_teacher())
+    first = TeacherSynthesizer(small().to(fast_dtype()), tokenizer=tok, device='cpu')
+    with tempfile.TemporaryDirectory() as out: build_cache(first, ['Name a fruit.'], out, max_new_tokens=4, progress=False)
+    ctypes.CDLL(None).malloc_trim(0)
     config,before = preset('demo'),status('VmRSS')
     rows = [r for r in prompt_rows(config.prompts) if r['split']=='train'][-a.prompts:]
     g = config.teacher.synthesis

@@ -1,5 +1,5 @@
 "Files of users: each preset and the template run on tiny models, and broken files stop before anything runs"
-import contextlib, io, json, subprocess, sys, textwrap, time
+import contextlib, io, json, shutil, subprocess, sys, textwrap, time
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,8 +175,9 @@ def test_multimodal_runs_end_to_end(seeing, tmp_path):
     m = AutoModelForImageTextToText.from_pretrained(tmp_path/'run/model')
     assert m.config.text_config.hidden_size==32 and not [k for k,_ in m.named_parameters() if 'lora' in k]
     assert (tmp_path/'run/model/processor_config.json').exists()
-    Image.open(seeing[2].parent/'0.png').save(tmp_path/'run/model/picture.png')
-    assert 'pipeline_tag: image-text-to-text' in use_card(tmp_path/'run/model')
+    shutil.copytree(tmp_path/'run/model', tmp_path/'used')
+    shutil.copy(seeing[2].parent/'0.png', tmp_path/'used/picture.png')
+    assert 'pipeline_tag: image-text-to-text' in use_card(tmp_path/'used')
     with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): again = quiet(run, config, False)
     assert {n: v['heldout'].kl for n,v in again.models.items()}==kls
     make_plan(config)
