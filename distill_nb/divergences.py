@@ -212,12 +212,7 @@ def sampled_ce(
     return -(target.weights.to(log_p.dtype)*log_p.gather(-1, target.ids)).sum(-1)
 
 # %% ../nbs/02a_divergences.ipynb #5347d68b
-Sampled.buffers = 0
-
-@patch(as_prop=True)
-def rows(self:Sampled):
-    "Number of tokens"
-    return len(self.ids)
+Sampled.buffers,Sampled.rows = 0,TopK.rows
 
 # %% ../nbs/02a_divergences.ipynb #b045eb36
 @patch

@@ -6,10 +6,10 @@ Docs: https://example.org/distill_nb/plan.html.md"""
 
 # %% auto #0
 __all__ = ['FIELDS', 'SHAPES', 'EYES', 'BYTES', 'SPEEDS', 'SHARE', 'IMAGE_TOKENS', 'COMMANDS', 'EPILOG', 'ARGS', 'short_name',
-           'local_config', 'shape', 'empty_model', 'eyes', 'Sizes', 'student_sizes', 'activations', 'student_memory',
-           'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost', 'asked_again', 'seconds', 'Plan', 'types',
-           'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init', 'compare_reports', 'parser', 'command',
-           'work', 'obstacles', 'both', 'verify', 'look', 'main']
+           'local_config', 'shape', 'empty_model', 'eyes', 'head_width', 'kept_numbers', 'Sizes', 'student_sizes',
+           'activations', 'student_memory', 'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost',
+           'asked_again', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init',
+           'compare_reports', 'parser', 'command', 'work', 'obstacles', 'both', 'verify', 'look', 'main']
 
 # %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
@@ -73,6 +73,17 @@ def eyes(model_id:str, # Folder, hub id, or 'embedded'
     if not hasattr(c, 'vision_config'): return 0 if c else EYES.get(short_name(model_id), 0)
     return empty_model(c, AutoModelForImageTextToText).num_parameters()-empty_model(c.get_text_config(decoder=True)).num_parameters()
 
+# %% ../nbs/06a_plan.ipynb #d7c34f59
+def head_width(c:PretrainedConfig, # Of a language model
+)->int: # Numbers
+    "Width of an attention head"
+    return getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+
+def kept_numbers(c:PretrainedConfig, # Of a language model
+)->int: # Keys and values of all blocks
+    "Numbers that attention keeps of each token"
+    return 2*c.num_hidden_layers*(getattr(c, 'num_key_value_heads', None) or c.num_attention_heads)*head_width(c)
+
 # %% ../nbs/06a_plan.ipynb #c6be3baa
 class Sizes(NamedTuple):
     "A student in numbers"
@@ -114,8 +125,8 @@ def activations(c:PretrainedConfig, # Shape of the student
 )->int: # Bytes
     "What the blocks keep from the forward for the backward pass"
     d,n = c.hidden_size,c.num_hidden_layers if blocks is None else blocks
-    q = c.num_attention_heads*(getattr(c, 'head_dim', None) or d//c.num_attention_heads)
-    block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*c.intermediate_size+length)
+    q,f = c.num_attention_heads*head_width(c),getattr(c, 'intermediate_size', None) or getattr(c, 'n_inner', None) or 4*d
+    block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*f+length)
     return n_tokens*(4*d*n+block if checkpointing else block*n)
 
 # %% ../nbs/06a_plan.ipynb #b88a0683
@@ -137,12 +148,12 @@ def teacher_memory(config:Config, # What is planned
     width:int=2, # Bytes of a weight
 )->dict[str, int]: # Part to bytes; their sum is the peak
     "What synthesis holds on the device"
-    c,n = shape(config.teacher.model_id),config.teacher.synthesis.batch_size
-    w = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    c,n,new = shape(config.teacher.model_id),config.teacher.synthesis.batch_size,config.teacher.synthesis.max_new_tokens
     whole = empty_model(c).num_parameters()+eyes(config.teacher.model_id)
     beside = 4*student_sizes(config).total if any(s.kind=='on_policy' for s in stage_list(config)) else 0
-    return dict(weights=width*whole, keys_and_values=2*width*c.num_hidden_layers*c.num_key_value_heads*w*n*length,
-        captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24), student_of_a_round=beside)
+    return dict(weights=width*whole, keys_and_values=width*kept_numbers(c)*n*length,
+        captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24),
+        head_in_fp32=4*c.vocab_size*c.hidden_size*(width<4), comparing=c.vocab_size*(4*length*width+20*new), student_of_a_round=beside)
 
 # %% ../nbs/06a_plan.ipynb #7efe3e0c
 BYTES = dict(bf16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
@@ -174,7 +185,7 @@ def projection_cost(config:Config, # With a projection
 )->float: # Share of the rest of training, in operations
     "What matching hidden states adds"
     p = config.student.projection
-    return 4*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
+    return 6*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
 
 # %% ../nbs/06a_plan.ipynb #34073fbe
 def asked_again(config:Config, # What is planned
@@ -251,7 +262,7 @@ def served(config:Config, # What is planned
     "Memory of the student in use, in bf16"
     s = student_sizes(config)
     c,adapters = s.config,s.trains if config.student.lora else 0
-    return 2*(s.total-adapters) + 4*length*c.num_hidden_layers*c.num_key_value_heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
+    return 2*(s.total-adapters) + 2*length*kept_numbers(c)
 
 # %% ../nbs/06a_plan.ipynb #9054b0cd
 IMAGE_TOKENS = 1100 # of an image cut into 17 pieces, the most that SmolVLM makes of one
@@ -270,7 +281,7 @@ def make_plan(config:Config, # What is planned
     host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     return Plan(on, off, host, disk, seconds(config, n, mean, *speed, width), served(config),
-        dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]))
+        dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1], projection=projection_cost(config)))
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
@@ -287,12 +298,13 @@ def _time(s):
 
 @patch
 def __str__(self:Plan):
-    s,gb = self.settings,lambda v: f'{v/1e9:.1f} GB'
+    s,gb = self.settings,lambda v: f'{v/1e9:.1f} GB' if v>=1e8 else f'{v/1e6:.1f} MB'
     res = [f"{s['prompts']} prompts, sequences of up to {s['length']} tokens; {s['device'].upper()} of {s['tflops']:g} TFLOP/s and {s['gbps']:g} GB/s"]
     for name,does,parts in (('teacher', 'writes', self.teacher), ('student', 'trains', self.student)):
         n = sum(parts.values())
         res += [f'\nWhile the {name} {does}: {gb(n)} on the device ({fits(n)}), {gb(self.host[name])} of host memory, about {_time(self.seconds[name])}']
         res += [f"  {k.replace('_', ' '):26} {gb(v):>9}" for k,v in parts.items() if v]
+    if s['projection']: res.append(f"  Matching hidden states adds {s['projection']:.2%} to the operations of training")
     return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
 
@@ -367,12 +379,18 @@ any student:
 
 presets: '''
 
+# %% ../nbs/06a_plan.ipynb #7161e26b
+def _above_0(s):
+    "A number of the command line"
+    if not 0<(v := float(s))<math.inf: raise argparse.ArgumentTypeError(f'should be a number above 0, got {s}')
+    return v
+
 # %% ../nbs/06a_plan.ipynb #7e87b3de
 ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student and report (default: demo)'))],
     init=[('preset', dict(nargs='?', default='demo', help='name of a preset (default: demo)')), ('--to', dict(metavar='FILE', help='file to write (default: the name of the preset)'))],
     plan=[('path', dict(help='YAML file')), ('--cpu', dict(action='store_true', help='plan for a CPU')),
-        ('--tflops', dict(type=float, help='speed of the machine, TFLOP/s (default: 312 for a GPU, 0.2 for a CPU)')),
-        ('--gbps', dict(type=float, help='bandwidth of its memory, GB/s (default: 2000 and 20)'))],
+        ('--tflops', dict(type=_above_0, help='speed of the machine, TFLOP/s (default: 312 for a GPU, 0.2 for a CPU)')),
+        ('--gbps', dict(type=_above_0, help='bandwidth of its memory, GB/s (default: 2000 and 20)'))],
     run=[('path', dict(help='YAML file')), ('--dry-run', dict(action='store_true', help='check everything, print the plan, run nothing'))],
     compare=[('path', dict(nargs='+', help='folder of a run or of a report'))],
     stats=[('path', dict(help='folder of the cache'))],
@@ -482,7 +500,7 @@ def main(argv:list[str]=None, # Words of the command line; default: those of thi
         print(f'distill: {e}', file=sys.stderr)
         return 1
     if not rep: return 0
-    print(f'\n{rep}\n\nEverything is in {out}')
+    print(f'\n{rep}\n\nEverything is in {out}, the report as a page in {out}/report/report.html')
     lost = [k for k,v in rep.settings.get('exports', {}).items() if 'failed' in v]
     if lost: print(f"distill: {', '.join(lost)}: not exported, see the end of the report", file=sys.stderr)
     return int(bool(lost))

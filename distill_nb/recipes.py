@@ -32,7 +32,7 @@ from transformers.utils import cached_file
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
 from .benchmarks import misspelt, questions, run_benchmarks, written
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
-from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, model_card
+from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, how_used, model_card
 from .projection import ProjectionHead, map_layers
 from .serving import add_serving, bench_models, check_gguf
 from .stages import on_policy, self_distill
@@ -266,6 +266,7 @@ def read_yaml(path:str|Path, # A YAML file
         return loader.construct_document(node),lines
     except yaml.MarkedYAMLError as e:
         raise ValueError(f'{path}, line {(e.problem_mark or e.context_mark).line+1}: {e.problem} (plain YAML values only)') from e
+    except OSError as e: raise ValueError(f'{path}: {e.strerror.lower()}: give a YAML file; `distill init` writes one to start from') from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path}: no text in UTF-8: {e}') from e
 
 # %% ../nbs/06_recipes.ipynb #bba09429
@@ -294,7 +295,7 @@ def suggest(where:tuple, # Path of the table
 def explain(e:dict)->str: # `e`: one of pydantic's errors
     "An error in the reader's terms"
     loc = tuple(o for o in e['loc'] if isinstance(o, str))
-    where,got = '.'.join(map(str, e['loc'])),f", got {e['input']!r:.60}"
+    where,got = '.'.join(map(str, e['loc'])),f", got {'nothing' if e['input'] is None else repr(e['input'])[:60]}"
     if e['type']=='extra_forbidden': return f'{where}: unknown key'+suggest(loc[:-1], loc[-1])
     if e['type']=='missing': return f'{where}: is missing'
     if e['type']=='model_type': return f"{where}: should be a table with the keys {', '.join(tables()[loc].model_fields)}{got}"
@@ -1120,7 +1121,7 @@ def card(self:Run,
     who = dict(base_model=HUB_ID, teacher=TEACHER_NAME, license='apache-2.0') if emb else dict(base_model=c.teacher.model_id, teacher=c.teacher.model_id)
     wrote = f"answered by the teacher at temperature {g['temperature']:g}, at most {g['max_new_tokens']} tokens each" if 'temperature' in g else 'with responses of others, which the teacher read'
     return model_card(rep, **who, data=f'{n} instructions, {wrote}.', losses=f'{how}; each step {t.memory.batch_size*t.memory.gradient_accumulation} sequences.',
-        limits=self.limits(rep), licences=self.licences(), reproduce=self.again(), config=None)
+        limits=self.limits(rep), licences=self.licences(), reproduce=self.again(), config=None, **how_used(self.cache.tokenizer, self.sees))
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c0f
 @patch

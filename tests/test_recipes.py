@@ -1,5 +1,5 @@
 "Files of users: each preset and the template run on tiny models, and broken files stop before anything runs"
-import contextlib, io, json, subprocess, sys, textwrap, time
+import contextlib, io, json, shutil, subprocess, sys, textwrap, time
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest, torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from distill_nb import recipes
@@ -120,6 +120,12 @@ def small(o, pair, out):
     if 'control_steps' in c['training']: c['training']['control_steps'] = 2
     return o
 
+def use_card(folder):
+    "Run what a model card says on how to use it; the card"
+    card = (folder/'README.md').read_text()
+    with contextlib.chdir(folder): quiet(exec, card.split('```python\n')[1].split('```')[0], {})
+    return card
+
 def quiet(f, *args):
     "Call without what it prints"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): return f(*args)
@@ -169,6 +175,9 @@ def test_multimodal_runs_end_to_end(seeing, tmp_path):
     m = AutoModelForImageTextToText.from_pretrained(tmp_path/'run/model')
     assert m.config.text_config.hidden_size==32 and not [k for k,_ in m.named_parameters() if 'lora' in k]
     assert (tmp_path/'run/model/processor_config.json').exists()
+    shutil.copytree(tmp_path/'run/model', tmp_path/'used')
+    shutil.copy(seeing[2].parent/'0.png', tmp_path/'used/picture.png')
+    assert 'pipeline_tag: image-text-to-text' in use_card(tmp_path/'used')
     with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): again = quiet(run, config, False)
     assert {n: v['heldout'].kl for n,v in again.models.items()}==kls
     make_plan(config)
@@ -194,7 +203,7 @@ def test_student_that_sees_is_judged_against_any_teacher(seeing, pair, tmp_path)
 def test_projection_of_low_latency_costs_less_than_two_percent():
     c = preset('low_latency')
     assert 0<projection_cost(c)<.02
-    print(f'projection: {projection_cost(c):.2%} of the operations of training')
+    assert f'adds {projection_cost(c):.2%} to the operations of training' in str(make_plan(c))
 
 def test_template_means_what_it_says(tmp_path):
     (tmp_path/'t.yaml').write_text(TEMPLATE)
@@ -473,3 +482,21 @@ def test_report_is_there_when_what_follows_fails(pair, tmp_path):
     o['distillation'] |= dict(prompts=dict(train=8, heldout=3, ood=2), validation=dict(answers=0))
     with mock.patch.object(recipes, 'export_safetensors', side_effect=OSError('disk full')), pytest.raises(OSError, match='disk full'): quiet(run, Config.from_dict(o), False)
     assert 'student' in Report.load(tmp_path/'run/report').models
+
+def test_pair_of_another_family_without_chat_template(tmp_path, capsys):
+    tok = AutoTokenizer.from_pretrained(embedded_teacher())
+    tok.chat_template = None
+    for name,width,seed in (('teacher', 48, 0), ('student', 32, 1)):
+        torch.manual_seed(seed)
+        c = GPT2Config(vocab_size=len(tok), n_embd=width, n_layer=2, n_head=2, n_positions=256, initializer_range=.15, bos_token_id=1, eos_token_id=2)
+        for o in (GPT2LMHeadModel(c), tok): o.save_pretrained(tmp_path/name)
+    o = dict(teacher=dict(model_id=str(tmp_path/'teacher'), cache_dir=str(tmp_path/'cache'), synthesis=dict(max_new_tokens=4)),
+        student=dict(model_id=str(tmp_path/'student')), prompts=dict(train=12, heldout=4, ood=0), validation=dict(answers=1), out=str(tmp_path/'run'),
+        training=dict(schedule=dict(max_steps=4, warmup_steps=1), control_steps=2))
+    (tmp_path/'t.yaml').write_text(json.dumps(dict(distillation=o)))
+    assert main(['plan', str(tmp_path/'t.yaml')])==main(['run', str(tmp_path/'t.yaml'), '--dry-run'])==0 and not (tmp_path/'run').exists()
+    assert main(['run', str(tmp_path/'t.yaml')])==0
+    rep = Report.load(tmp_path/'run/report')
+    assert set(rep.models)=={'teacher', 'start', 'student', 'student @ 2 steps', 'control'} and set(rep.samples[0]['answers'])=={'teacher', 'before', 'after'}
+    assert GPT2LMHeadModel.from_pretrained(tmp_path/'run/model').config.n_embd==32
+    assert 'apply_chat_template' not in use_card(tmp_path/'run/model')

@@ -2,9 +2,11 @@
 import ast, contextlib, io, json, os, re, shutil, subprocess, sys, tomllib
 from pathlib import Path
 
-import matplotlib, pytest
+import matplotlib, pytest, torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from distill_nb.recipes import Config
+from distill_nb.synthesis import embedded_teacher
 
 matplotlib.use('agg')
 ROOT = Path(__file__).parents[1]
@@ -64,10 +66,11 @@ def mistaken(src, body):
     n = ast.parse(src).body[0]
     return src[:src.index('):')+2]+'\n    '+body if isinstance(n, ast.FunctionDef) else f'{n.targets[0].id} = {body}'
 
-def do(p):
-    "A lesson from top to bottom; yields each exercise with what its check said to it open, mistaken and solved"
+def do(p, config=None):
+    "A lesson from top to bottom, perhaps with another `config` cell; yields each exercise with what its check said to it open, mistaken and solved"
     ns,sol,todo = {'__name__': '__main__'},solutions(p),None
     for s in cells(p):
+        if config and s.startswith('MODEL,DEVICE,DTYPE = '): s = config
         if is_open(s): todo = s
         elif todo and 'verdict(' in s:
             name = bound(todo)
@@ -88,6 +91,24 @@ def test_lesson_solved_and_each_check_says_why(p):
         assert last=='Right.', (name, last)
         n += 1
     assert n>=3
+
+@pytest.fixture(scope='module', params=['<nothing>', None], ids=['own padding', 'no padding'])
+def other(request, tmp_path_factory):
+    "A random teacher of another family, width and vocabulary, whose padding is not its end, as in Qwen, or missing, as in Llama"
+    torch.manual_seed(0)
+    tok,d = AutoTokenizer.from_pretrained(embedded_teacher()),tmp_path_factory.mktemp('other')
+    if request.param: tok.add_special_tokens(dict(pad_token=request.param))
+    else: tok.pad_token = None
+    c = Qwen2Config(vocab_size=len(tok)+7, hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=.4, tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    for o in (Qwen2ForCausalLM(c), tok): o.save_pretrained(d)
+    return d
+
+@pytest.mark.parametrize('p', LESSONS, ids=lambda p: p.stem)
+def test_lesson_with_another_teacher_changes_one_cell(p, other):
+    assert sum(s.startswith('MODEL,DEVICE,DTYPE = ') for s in cells(p))==1
+    for name,said in do(p, f"MODEL,DEVICE,DTYPE = {str(other)!r}, 'cpu', torch.float32"):
+        assert said[0].startswith('Not yet: ') and said[-1]=='Right.', (name, said)
 
 @pytest.mark.parametrize('p', LESSONS, ids=lambda p: p.stem)
 def test_lesson_can_be_given_anywhere(p):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 SPAN = re.compile(r'\[([^\]]*)\]\(([^)]*)\)\{([^}]*)\}')
 CALLOUT = re.compile(r'^:::+ *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::+ *$', re.M|re.S)
+EMPTY = re.compile(r'```python\s+(?:def|class) [A-Z]\w*\(\s*(?:\*\*data:\s*Any|\*args,\s*\*\*kwargs)\s*\)\s*(?:->\s*None)?:?\s*```\s*') # of a class
 CHAPTER = re.compile(r'\]\((\w+)\.ipynb(#[^)]*)?\)')
 LINK = re.compile(r'\]\((?:\.\./)?([\w./-]+)\)')
 
@@ -64,7 +65,7 @@ def page(c):
     if c.cell_type=='markdown': return [new_md(c.source)]
     o = options(c)
     shown = [x.data['text/markdown'] for x in c.outputs if 'text/markdown' in x.get('data', {})]
-    if o.get('output')=='asis' and shown: return [new_md(anchor(s)) for s in shown]
+    if o.get('output')=='asis' and shown: return [new_md(anchor(EMPTY.sub('', s))) for s in shown]
     res = nbformat.v4.new_code_cell(c.source, outputs=[] if o.get('output')=='false' else text_outputs(c.outputs))
     if o.get('echo')=='false': res.source = ''
     return [res] + ([new_md(f"*{o['fig-cap']}*")] if 'fig-cap' in o else [])
@@ -119,7 +120,7 @@ def pages(root, md):
     for f in [*root.glob('nbs/howto/*.md'), root/'nbs/workshop/README.md']:
         p = md/f.relative_to(root/'nbs')
         p.parent.mkdir(parents=True, exist_ok=True)
-        p.write_text(lookup.linkify(f.read_text())+'\n')
+        p.write_text(lookup.linkify(f.read_text()).replace('../../assets/', '../index_files/')+'\n')
 
 @call_parse
 def main(
