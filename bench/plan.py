@@ -17,10 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill_nb.cache import TeacherCache, build_cache
+from distill_nb.config import preset
 from distill_nb.loss import hidden_loss, linear_divergence
 from distill_nb.plan import projection_cost, shape, student_memory, teacher_memory
 from distill_nb.projection import ProjectionHead
-from distill_nb.recipes import preset, prompt_rows
+from distill_nb.recipes import prompt_rows
 from distill_nb.student import freeze_below
 from distill_nb.synthesis import Head, TeacherSynthesizer, embedded_teacher, fast_dtype
 from distill_nb.trainer import Distiller, DistillTrainer, Stage

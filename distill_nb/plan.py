@@ -22,8 +22,9 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from .cache import CacheError, TeacherCache, repair_cache
+from .config import Config, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
-from .recipes import Config, Run, caches, check_models, codec, judge_model, precision, preset, run, stage_list, tables, tasks, total_steps
+from .recipes import Run, caches, check_models, codec, judge_model, precision, run
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 from .vision import images_of, words

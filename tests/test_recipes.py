@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from distill_nb import recipes
 from distill_nb.cache import load_json
+from distill_nb.config import Config, preset, read_yaml, tables
 from distill_nb.eval import Report
 from distill_nb.plan import main, make_plan, projection_cost
-from distill_nb.recipes import Config, Run, judge_model, preset, prompt_rows, read_yaml, run, tables
+from distill_nb.recipes import Run, judge_model, prompt_rows, run
 from distill_nb.synthesis import embedded_teacher
 
 TEMPLATE = textwrap.dedent('''\
@@ -268,7 +269,8 @@ def test_seconds_of_a_killed_part_are_on_the_bill(pair, tmp_path):
     (tmp_path/'o.json').write_text(json.dumps(o))
     code = f'''
 import json, time
-from distill_nb.recipes import Config, Run
+from distill_nb.config import Config
+from distill_nb.recipes import Run
 r = Run(Config.from_dict(json.load(open({str(tmp_path/'o.json')!r}))), False)
 with r.timed('long', every=.1):
     print('started', flush=True)

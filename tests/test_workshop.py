@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib, pytest, torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from distill_nb.recipes import Config
+from distill_nb.config import Config
 from distill_nb.synthesis import embedded_teacher
 
 matplotlib.use('agg')
