@@ -99,10 +99,10 @@ class Loss(Table):
     "What is minimised: 'kl' (distributions) or 'hybrid' (distributions and hidden states)"
     type:Literal['kl', 'hybrid'] = 'kl'
     temperature:float = Field(1., gt=0) # T of the KL
-    alpha:float = Field(1., ge=0, le=1) # share of the distributions in a hybrid loss
+    alpha:float = Field(1., ge=0, le=1) # share of the distributions where hidden states are matched too
     divergence:Literal['forward_kl', 'reverse_kl', 'jsd', 'skew_kl', 'tvd'] = 'forward_kl' # what takes the place of the KL
     ce:float = Field(0., ge=0) # weight of cross-entropy on the teacher's text
-    last:float = Field(0., ge=0, lt=1) # share of the last hidden states, for a student as wide as its teacher
+    last:bool = False # match the last hidden states too, for a student as wide as its teacher
 
 # %% ../nbs/05c_config.ipynb #9f180e54
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -312,15 +312,15 @@ def stage_rules(c:Config)->list[tuple[bool, str, str]]: # Is it so, key, and wha
         found += [(many and s.kind=='features' and not c.student.projection, f'{at}.kind', "'features' matches hidden states too: give `student.projection`"),
             (s.kind=='relations' and not c.student.relations, f'{at}.kind', "needs to know which: give `student.relations`"),
             (tasks(c)!={None: 1.} and s.kind in ('self', 'on_policy'), f'{at}.kind', f'{s.kind!r} knows one task: not with `student.lora.tasks`'),
-            (feat and loss.alpha==1, f'{at}.loss.alpha', 'is 1, which leaves the hidden states no weight: use a share such as 0.7'),
+            ((feat or loss.last) and loss.alpha==1, f'{at}.loss.alpha', 'is 1, which leaves the hidden states no weight: use a share such as 0.7'),
             (many and 'type' in many[i].loss.model_fields_set, f'{at}.loss.type', 'has no effect in a stage, whose `kind` says it'),
             (s.kind!='features' and 'heads_first' in given, f'{at}.heads_first', "is for 'features' stages: leave it out"),
             (s.heads_first>=s.steps, f'{at}.heads_first', f'leave at least one of the {s.steps} steps to the layers, got {s.heads_first}'),
             (s.kind!='self' and 'mix' in given, f'{at}.mix', "is for 'self' stages: leave it out"),
             (s.kind=='self' and i==0, f'{at}.kind', "'self' needs a student of before: let another stage come first"),
             (s.kind=='self' and loss.divergence!='forward_kl', f'{at}.loss.divergence', "'self' mixes its targets in 'forward_kl' only"),
-            (s.kind in ('self', 'relations') and loss.last, f'{at}.loss.last', f'has no effect in a stage of kind {s.kind!r}: use 0'),
-            (store in (*SPARSE, 'full') and loss.last, f'{at}.loss.last', f'store {store!r} keeps no hidden states: use 0'),
+            (s.kind in ('self', 'relations') and loss.last, f'{at}.loss.last', f'has no effect in a stage of kind {s.kind!r}: leave it out'),
+            (store in (*SPARSE, 'full') and loss.last, f'{at}.loss.last', f'store {store!r} keeps no hidden states: leave it out'),
             (store in SPARSE and loss.divergence!='forward_kl', f'{at}.loss.divergence', f"store {store!r} keeps what 'forward_kl' needs and no other"),
             (store=='sampled' and loss.temperature!=1, f'{at}.loss.temperature', "store 'sampled' knows temperature 1 only: use 'topk' or hidden states")]
     return found
@@ -345,7 +345,7 @@ def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
         (s.relations and 'relations' not in kinds, 'student.relations', "has no effect without a stage of kind 'relations'"),
         (s.projection and 'features' not in kinds, 'student.projection', "has no effect without a stage of kind 'features'" if t.stages else "has no effect with loss type 'kl': use 'hybrid', or leave it out"),
         (not t.stages and not s.projection and not kl, 'training.loss.type', "'hybrid' matches hidden states too: give `student.projection`"),
-        (kl and t.loss.alpha<1, 'training.loss.alpha', "has no effect with loss type 'kl', which has no other part: leave it out"),
+        (kl and t.loss.alpha<1 and not any(o.loss.last for o in stages), 'training.loss.alpha', "has no effect with loss type 'kl', which has no other part: leave it out"),
         (t.stages and n is not None, 'training.schedule.max_steps', 'has no effect with `training.stages`, which say their own steps'),
         (t.stages and 'type' in t.loss.model_fields_set, 'training.loss.type', 'has no effect with `training.stages`, whose `kind` says it'),
         (t.stages and s.unfreeze, 'student.unfreeze', 'has no effect with `training.stages`: give it to the stages'),

@@ -371,7 +371,7 @@ def stage(self:Run,
 )->Stage: # For a `DistillTrainer`
     "A stage as the trainer wants it"
     s,d = self.stages[i],self.config.training.schedule
-    kw = dict(name=self.stage_name(i), steps=s.steps, lr=s.lr, temperature=s.loss.temperature, alpha=s.loss.alpha if s.kind in HIDDEN else 1.,
+    kw = dict(name=self.stage_name(i), steps=s.steps, lr=s.lr, temperature=s.loss.temperature, alpha=s.loss.alpha if s.kind in HIDDEN or s.loss.last else 1.,
         ce=s.loss.ce, warmup=d.warmup_steps/s.steps, unfreeze=s.unfreeze, divergence=s.loss.divergence, decay=d.decay)
     return Stage(**kw|changes)
 

@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         loss:DistillationLoss, # Its settings: temperature, alpha, divergence, ce
         projections:dict|None=None, # Student layer to `(teacher layer, ProjectionHead)`; both layers as in `hidden_states`
         teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: the student's
-        last:float=0., # Share of the loss that is on the last hidden states, which the cache has anyway; for students of the teacher's width
+        last:bool=False, # Match the last hidden states too, which the cache has anyway; for a student as wide as its teacher
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
@@ -108,7 +108,7 @@ class Distiller(nn.Module):
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
         head = cache.head if cache.gives=='hidden' else Head(None)
-        if last and (head.weight is None or head.weight.shape[1]!=student.get_output_embeddings().weight.shape[1]): raise ValueError(f'last is {last}: it needs a cache of hidden states and a student as wide as its teacher; use 0')
+        if last and (head.weight is None or head.weight.shape[1]!=student.get_output_embeddings().weight.shape[1]): raise ValueError('last needs a cache of hidden states and a student as wide as its teacher: leave it out')
         self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(teacher_dtype or student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
 
@@ -132,6 +132,11 @@ def head(self:Distiller)->OutputHead: # Its weights are the student's own
     "The student's output head, with what its model does to the logits"
     m = self.student.get_output_embeddings()
     return OutputHead(m.weight, m.bias, *self.bend)
+
+@patch(as_prop=True)
+def matches(self:Distiller)->bool: # Is the loss on hidden states too?
+    "Heads between layers, or the last states as they stand"
+    return bool(self.heads) or self.last
 
 # %% ../nbs/03_trainer.ipynb #2e423236
 @patch
@@ -158,16 +163,15 @@ def forward(self:Distiller,
     mask = labels!=-100
     with head_input(self.student, skip=True) as h:
         out = self.student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=bool(self.heads), **batch.get('inputs', {}))
-    alpha = s.alpha if self.heads else float(s.alpha>0)
+    alpha = s.alpha if self.matches else float(s.alpha>0)
     x = h[0][mask]
     d = self.compare(x, labels[mask], batch, alpha)
     loss,logit = d.loss,(d.loss.detach()-(s.ce*d.ce.sum() if s.ce else 0))/alpha if alpha else s.temperature**2*d.kl.sum()
-    if self.heads:
-        f = self.features(out.hidden_states, batch, mask).sum()
+    if self.matches:
+        parts = [self.features(out.hidden_states, batch, mask)] if self.heads else []
+        if self.last: parts.append(hidden_loss(x, batch['teacher_hidden']))
+        f = torch.stack(parts).mean(0).sum()
         loss = loss + (1-alpha)*self.balance*f
-    if self.last and alpha:
-        near = hidden_loss(x, batch['teacher_hidden']).sum()
-        loss = (1-self.last)*loss + self.last*d.loss.detach()/near.detach().clamp(min=1e-12)*near
     return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=logit, n=len(d.kl), feature=None if f is None else f.detach())
 
 # %% ../nbs/03_trainer.ipynb #fe2f87bb
@@ -480,7 +484,7 @@ def gradients(self:DistillTrainer,
     if acc.scaler: acc.scaler.unscale_(self.opt)
     norm = float(clip_grad_norm_([p for p in self.names.values() if p.requires_grad], self.max_grad_norm))
     total = lambda f: float(acc.reduce(torch.tensor(sum(float(f(o)) for o in outs), device=acc.device)))
-    sums = {k: total(lambda o: o[k]) for k in ('logit', 'feature') if dist.heads}
+    sums = {k: total(lambda o: o[k]) for k in ('logit', 'feature') if dist.matches}
     return dict(step=step, stage=stage.name, loss=total(lambda o: o['loss'].detach()), kl=total(lambda o: o['kl'].sum())/n, agree=total(lambda o: o['agree'].sum())/n,
         n_tokens=n, grad_norm=norm, examples=gather_object([e for b,o in zip(window, outs) for e in example_kls(b, o['kl'])])) | sums
 
@@ -535,8 +539,9 @@ def one_step(self:DistillTrainer,
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed"
     numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema')}
-    procs,shapes = self.accelerator.num_processes,{n: list(p.shape) for n,p in self.names.items()}
-    return sha256_json(dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, processes=procs, shapes=shapes) | numbers)
+    shapes = {n: list(p.shape) for n,p in self.names.items()}
+    what = dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, last=self.distiller.last)
+    return sha256_json(what | dict(processes=self.accelerator.num_processes, shapes=shapes) | numbers)
 
 # %% ../nbs/03_trainer.ipynb #0f10277d
 @patch

@@ -192,15 +192,17 @@ def test_rollback_leaves_one_history(root):
     rows = [json.loads(l) for l in (tr.out/'history.jsonl').read_text().splitlines()]
     assert rows==tr.recorder.rows and [r['step'] for r in rows]==list(range(12))
 
-def test_accumulation_in_the_trainer(root):
-    "1x8, 4x2, 8x1 over unequal lengths, features and their balance among them: one run, in float64"
+@pytest.mark.parametrize('last', [False, True])
+def test_accumulation_in_the_trainer(root, last):
+    "1x8, 4x2, 8x1 over unequal lengths, features, last states and their balance among them: one run, in float64"
     class Short(TeacherCache):
         def __getitem__(self, i):
             e,r = super().__getitem__(i),1+i%8
             return {**e, 'input_ids': e['input_ids'][:e['prompt_len']+r], 'hidden': e['hidden'][:r], 'layers': {k: v[:r] for k,v in e['layers'].items()}}
     cache,runs = Short(root/'cache'),[]
     for size in (8, 2, 1):
-        tr = make(root, f'acc{size}', cache=cache, dtype=torch.float64, batch_size=size, accum_steps=8//size, stages=[Stage('a', 2, lr=1e-3, alpha=.5, temperature=2., ce=.1)])
+        tr = make(root, f'acc{size}{last}', cache=cache, dtype=torch.float64, batch_size=size, accum_steps=8//size, stages=[Stage('a', 2, lr=1e-3, alpha=.5, temperature=2., ce=.1)])
+        tr.distiller.last = last
         tr.fit()
         runs.append(tr)
     assert sorted(e[2] for e in runs[0].recorder.rows[0]['examples'])==list(range(1, 9)) and runs[0].distiller.balance!=1
