@@ -53,6 +53,7 @@ class Prune(Table):
     n_layers:int = Field(gt=0) # blocks to keep
     how:Literal['kl', 'influence', 'uniform'] = 'kl'
     n_prompts:int = Field(8, gt=0) # training examples that decide what goes
+    refit:int = Field(0, ge=0) # training examples on which the block before each gap is refitted; 0 leaves it
     intermediate_size:int|None = Field(None, gt=0) # neurons to keep in each block; default: all
     num_attention_heads:int|None = Field(None, gt=0) # heads to keep in each block; default: all
 

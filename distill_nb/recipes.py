@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt, torch, yaml
 from datasets import load_dataset
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
@@ -29,7 +29,7 @@ from .export import check_onnx, check_parity, export_gguf, export_onnx, export_s
 from .projection import ProjectionHead, map_layers
 from .serving import add_serving, bench_models, check_gguf
 from .stages import on_policy, self_distill
-from .student import add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student
+from .student import add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student, refit_gaps
 from .synthesis import HUB_ID, TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, seeded, weights_sha256
 from .trainer import Distiller, DistillTrainer, KeepBest, KLMonitor, Recorder, Stage, kept_memory, to_device
 from .vision import ImageCache, ImageTeacher, RelationDistiller, about, auto_class, images_of, merge_adapters, processor_sha256, words
@@ -256,23 +256,34 @@ def some(self:Run,
     ids = c.select(split=split)
     return [c[ids[i*len(ids)//n]] for i in range(min(n, len(ids)))]
 
+# %% ../nbs/06_recipes.ipynb #eaafc8f7
+@patch
+def prune(self:Run,
+    p, # A `Prune` of the configuration
+)->PreTrainedModel: # In fp32
+    "A new student made of the teacher's blocks"
+    exs,more = ([dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in self.some('train', n)] for n in (p.n_prompts, p.refit))
+    s = prune_student(self.load_teacher(), p.n_layers, exs, p.how)
+    if more: refit_gaps(self.load_teacher().model, s, more)
+    return prune_width(s, exs, p.intermediate_size, p.num_attention_heads) if p.intermediate_size or p.num_attention_heads else s
+
 # %% ../nbs/06_recipes.ipynb #b6f55d81
 @patch
 def pruned(self:Run,
-    how:str, # As in `prune_student`
+    baseline:bool=False, # By block influence, gaps as they are, whatever the file says?
 )->Path: # Folder of the pruned, untrained model
     "A pruned student on disk"
-    p,path = self.config.student.prune,self.out/('start' if how==self.config.student.prune.how else f'baseline-{how}')
+    p = self.config.student.prune
+    if baseline: p = p.model_copy(update=dict(how='influence', refit=0))
+    path = self.out/('start' if p.model_dump()==self.config.student.prune.model_dump() else 'baseline-influence')
+    note,key = path.with_suffix('.json'),sha256_json(dict(prune=p.model_dump(), cache=self.cache.manifest))
     if path.exists():
+        if not note.exists() or load_json(note)['key']!=key: raise ValueError(f'{path} holds a student of other settings or answers: use another `out` folder, or remove this one')
         if path not in self.known: print(f'{path.name}: the pruned student is there already')
-        self.known.add(path)
-        return path
+    else:
+        save_json(dict(key=key), note)
+        with self.timed('pruning'): export_safetensors(self.prune(p), self.cache.tokenizer, path)
     self.known.add(path)
-    exs = [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in self.some('train', p.n_prompts)]
-    with self.timed('pruning'):
-        s = prune_student(self.load_teacher(), p.n_layers, exs, how)
-        if p.intermediate_size or p.num_attention_heads: s = prune_width(s, exs, p.intermediate_size, p.num_attention_heads)
-        export_safetensors(s, self.cache.tokenizer, path)
     return path
 
 # %% ../nbs/06_recipes.ipynb #0a366ebb
@@ -280,7 +291,7 @@ def pruned(self:Run,
 def start(self:Run)->str|Path: # Folder or hub id
     "Where the student before training is"
     p = self.config.student.prune
-    return self.pruned(p.how) if p else self.config.student.model_id
+    return self.pruned() if p else self.config.student.model_id
 
 # %% ../nbs/06_recipes.ipynb #dc2bc2f1
 @patch
@@ -349,7 +360,7 @@ def let_go(self:Run,
 ):
     "Check the pair, make the baseline, judge the teacher, and let it go"
     check_pair(self.load_teacher().model, student, self.teacher.tokenizer, self.cache.tokenizer)
-    if self.config.student.prune: self.pruned('influence')
+    if self.config.student.prune: self.pruned(baseline=True)
     self.scores('teacher', lambda: self.load_teacher().model)
     self.free()
 
@@ -619,8 +630,9 @@ def compare(self:Run,
     hist = {n: load_json(self.out/f'history-{n}.json')['rows'] for n in models}
     seen,k = {n: sum(r['n_tokens'] for r in h) for n,h in hist.items()},self.fair(hist['student'])
     mid,short = f'student @ {k} steps',0<k<len(hist['student'])
-    if c.student.prune: found['baseline'] = self.scores('baseline', self.pruned('influence'))
-    if not c.student.prune or c.student.prune.how!='influence': found['start'] = self.scores('start', self.start())
+    base = self.pruned(baseline=True) if c.student.prune else None
+    if base: found['baseline'] = self.scores('baseline', base)
+    if self.start()!=base: found['start'] = self.scores('start', self.start())
     found.update({n: self.scores(n, m) for n,m in models.items()} | ({mid: self.scores(mid)} if short else {}))
     if short: seen[mid] = sum(r['n_tokens'] for r in hist['student'][:k])
     for o in filter(None, tasks(c)):

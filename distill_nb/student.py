@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'evenly', 'prune_student', 'check_tokenizers', 'doubts', 'check_pair', 'freeze_below', 'Unfreeze',
-           'add_lora', 'merge_lora']
+           'evenly', 'prune_student', 'correction', 'refit', 'refit_gaps', 'check_tokenizers', 'doubts', 'check_pair',
+           'freeze_below', 'Unfreeze', 'add_lora', 'merge_lora']
 
 # %% ../nbs/01a_student.ipynb #29a49662
 import copy, warnings
@@ -206,6 +206,95 @@ def prune_student(teacher:TeacherSynthesizer, # The frozen teacher
     if how=='influence': return drop_layers(model, sorted(block_influence(model, exs).argsort(descending=True)[:n_layers].tolist()))
     gone = dict(greedy_drops(BlockTrace(model, exs), n_layers))
     return drop_layers(model, [i for i in range(n) if i not in gone])
+
+# %% ../nbs/01a_student.ipynb #4c713ecd
+def correction(x:Tensor, # `(N,k)`, what a linear layer was given
+    miss:Tensor, # `(N,d)`, what its output lacks
+    ridge:float=0.1, # Penalty on the change, in units of the mean square of `x`
+)->Tensor: # `(d,k)`, to be added to the layer's weight, float64
+    "The change of a linear layer that makes up for what is missing, by ridge regression"
+    G = (x.T@x).double() # (k,k)
+    G.diagonal().add_(ridge*G.diagonal().mean())
+    return torch.linalg.solve(G, (x.T@miss).double()).T
+
+# %% ../nbs/01a_student.ipynb #1a923ff3
+@patch
+@torch.no_grad()
+def into(self:BlockTrace,
+    h:Tensor, # `(B,L,d)`, the state before the block
+    i:int, # Block to run, counted from 0
+    more:float=0., # Added to the output of the block's last linear layer
+)->tuple[Tensor,Tensor]: # `(B,L,d)`, the state after the block, and `(B,L,k)`, what its last linear layer was given
+    "Run a block and look into its last linear layer"
+    linear,xs = [m for m in self.blocks[i].modules() if isinstance(m, nn.Linear)],[]
+    def note(_, args, out):
+        xs.append(args[0])
+        return out+more
+    hook = linear[-1].register_forward_hook(note) if linear else None
+    try: after = self.run(h, i)
+    finally:
+        if hook: hook.remove()
+    return after,xs[0] if xs else None
+
+# %% ../nbs/01a_student.ipynb #f674f2f5
+@patch
+def check_adds(self:BlockTrace,
+    h:Tensor, # `(B,L,d)`, a state before the block
+    i:int, # Block, counted from 0
+)->None: # ValueError where it does not
+    "Does a block add the output of its last linear layer to the state?"
+    (a,x),(b,_) = (self.into(h, i, more) for more in (0., 1.))
+    if x is None or x.shape[:2]!=h.shape[:2] or abs((b-a)[self.mask].float().median()-1)>.1:
+        raise ValueError(f'{type(self.blocks[i]).__name__} does not add the output of its last linear layer to the state as it is, so gaps cannot be refitted: leave refit out')
+
+# %% ../nbs/01a_student.ipynb #ff3d0122
+@torch.no_grad()
+def refit(block:nn.Module, # Of the student; changed in place
+    traces:list[BlockTrace], # Of the teacher
+    hs:list[Tensor], # `(B,L,d)` for each trace, the student's states before the block
+    ys:list[Tensor], # `(B,L,d)`, the states wanted after it
+    i:int, # Number of the block in the teacher
+    ridge:float, # As in `correction`
+)->list[Tensor]: # `(B,L,d)` for each trace, the states after the changed block
+    "Bring the states after a block close to others"
+    traces[0].check_adds(hs[0], i)
+    outs,xs = zip(*[t.into(h, i) for t,h in zip(traces, hs)])
+    X,Y,H = (torch.cat([o[t.mask].float() for t,o in zip(traces, os)]) for os in (xs, ys, outs))
+    w = 1/Y.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    D = correction(w*X, w*(Y-H), ridge)
+    layer = [m for m in block.modules() if isinstance(m, nn.Linear)][-1]
+    layer.weight.add_(D)
+    return [h+(x.float()@D.T.float()).to(h.dtype) for h,x in zip(outs, xs)]
+
+# %% ../nbs/01a_student.ipynb #c00d8775
+@patch
+def targets(self:BlockTrace,
+    gaps:list[int], # Blocks, counted from 0; as many as there are stands for the end
+)->dict[int,Tensor]: # `(B,L,d)` for each
+    "The model's own states before some blocks; all others are forgotten"
+    n = len(self.blocks)
+    res = {b: self.calls[b][0][0] if b<n else self.run(self.calls[-1][0][0], n-1) for b in gaps}
+    self.calls = [((None, *args[1:]), kwargs) for args,kwargs in self.calls]
+    return res
+
+# %% ../nbs/01a_student.ipynb #993de416
+@torch.no_grad()
+def refit_gaps(teacher:PreTrainedModel, # The whole model, frozen
+    student:PreTrainedModel, # Of some of its blocks, from `drop_layers`; changed in place
+    examples:list[dict], # Texts as `dict(input_ids=, prompt_len=)`
+    ridge:float=0.1, # As in `correction`
+    batch_size:int=16, # Texts that are run at once
+)->PreTrainedModel: # The student
+    "Let the block before each gap make up for the blocks that are missing"
+    keep,n = student.config.kept_layers,len(decoder_layers(teacher)[1])
+    ends,exs = [*keep[1:], n],sorted(examples, key=lambda e: len(e['input_ids']))
+    traces = [BlockTrace(teacher, exs[i:i+batch_size]) for i in range(0, len(exs), batch_size)]
+    hs = [t.calls[0][0][0] for t in traces]
+    ys = [t.targets([b for a,b in zip(keep, ends) if b!=a+1]) for t in traces]
+    for block,a,b in zip(decoder_layers(student)[1], keep, ends):
+        if b==a+1: hs = [t.run(h, a) for t,h in zip(traces, hs)]
+        else: hs = refit(block, traces, hs, [y[b] for y in ys], a, ridge)
+    return student
 
 # %% ../nbs/01a_student.ipynb #cc4ced29
 HARD = (

@@ -362,6 +362,7 @@ EFFECTS = {
     'teacher.synthesis.n_responses': ({}, 3, lambda r: [(o['split'], o.get('draw')) for o in given('build_cache', Run.synth)(r)[0][1] if o['split']!='ood'].count(('train', 2)), 8),
     'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
     'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
+    'student.prune.refit': (PRUNE, 3, pruned(lambda a: len(a[2]), 'refit_gaps'), 3),
     'student.prune.intermediate_size': (PRUNE, 64, lambda r: r.load_student(r.start()).config.intermediate_size, 64),
     'student.prune.num_attention_heads': (PRUNE, 1, pruned(lambda a: a[3], 'prune_width'), 1),
     'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.out_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.in_features, 32),
