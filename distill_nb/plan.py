@@ -13,6 +13,7 @@ __all__ = ['FIELDS', 'SHAPES', 'EYES', 'BYTES', 'SPEEDS', 'SHARE', 'IMAGE_TOKENS
 
 # %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import torch, yaml
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from .cache import CacheError, TeacherCache, repair_cache
+from .cache import CacheError, TeacherCache, claim, load_manifest, repair_cache
 from .config import Config, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
 from .recipes import Run, caches, check_models, codec, judge_model, precision, run
@@ -237,7 +238,7 @@ def types(config:Config, # What is planned
 )->tuple[int, bool]: # Bytes of a weight of the teacher, and whether training multiplies in bf16
     "Types of the numbers"
     d,p = config.teacher.dtype,config.training.memory.mixed_precision
-    return (4 if d=='float32' or d=='auto' and device=='cpu' else 2),p in ('bf16', 'fp16') or p=='auto' and device=='gpu'
+    return (4 if d=='float32' or d=='auto' and device=='cpu' else 2),p in ('bf16', 'fp16', 'fp8') or p=='auto' and device=='gpu'
 
 # %% ../nbs/06a_plan.ipynb #611fd0b8
 def disk_space(config:Config, # What is planned
@@ -281,7 +282,9 @@ def make_plan(config:Config, # What is planned
     on,off,s = teacher_memory(config, length, width),student_memory(config, length, bf16),student_sizes(config)
     host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
-    return Plan(on, off, host, disk, seconds(config, n, mean, *speed, width), served(config),
+    times = seconds(config, n, mean, *speed, width)
+    if not config.teacher.present: on,host['teacher'],disk['cache'],times['teacher'] = {},0,0,0.
+    return Plan(on, off, host, disk, times, served(config),
         dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1], projection=projection_cost(config)))
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
@@ -302,6 +305,7 @@ def __str__(self:Plan):
     s,gb = self.settings,lambda v: f'{v/1e9:.1f} GB' if v>=1e8 else f'{v/1e6:.1f} MB'
     res = [f"{s['prompts']} prompts, sequences of up to {s['length']} tokens; {s['device'].upper()} of {s['tflops']:g} TFLOP/s and {s['gbps']:g} GB/s"]
     for name,does,parts in (('teacher', 'writes', self.teacher), ('student', 'trains', self.student)):
+        if not parts: continue # it is not present
         n = sum(parts.values())
         res += [f'\nWhile the {name} {does}: {gb(n)} on the device ({fits(n)}), {gb(self.host[name])} of host memory, about {_time(self.seconds[name])}']
         res += [f"  {k.replace('_', ' '):26} {gb(v):>9}" for k,v in parts.items() if v]
@@ -445,9 +449,11 @@ def obstacles(config:Config, # What is planned
 )->list[str]: # Empty if it can start
     "What would stop a run on this machine"
     res = []
-    for check in (lambda: precision(config.training.memory.mixed_precision, torch.float32), lambda: check_models(config)):
+    checks = [lambda: precision(config.training.memory.mixed_precision, torch.float32), lambda: check_models(config)]
+    if not config.teacher.present: checks += [partial(TeacherCache, p) for p in caches(config)]
+    for check in checks:
         try: check()
-        except (ValueError, OSError) as e: res.append(str(e))
+        except (ValueError, OSError, CacheError) as e: res.append(str(e))
     return res
 
 # %% ../nbs/06a_plan.ipynb #c1768aa0
@@ -461,6 +467,10 @@ def verify(path:str, # Folder of a cache
 )->int: # Number of files that are still damaged
     "Check every byte of a cache, and say what is wrong"
     c,bad = Config.from_yaml(repair) if repair else None,[]
+    if c:
+        for p in both(path):
+            load_manifest(p)
+            with claim(p): pass
     teacher = Run(c).load_teacher() if c else None
     given = {Path(k).name=='judged': v for k,v in caches(c).items()} if c else {}
     for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else TeacherCache(p, partial=True).verify()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from .cache import TeacherCache, as_rows, build_cache, how_many, load_json, repeat_rows, save_json, sha256_json
+from .cache import CacheError, TeacherCache, as_rows, build_cache, claim, codec_settings, how_many, load_json, repeat_rows, save_json, sha256_json
 from .benchmarks import questions, run_benchmarks, written
 from .config import HIDDEN, SPARSE, Config, Projection, Prompts, Relations, Student, TrainingStage, stage_list, tasks, total_steps
 from .eval import Report, Scores, contamination, evaluate, level, on_policy_kl
@@ -59,10 +59,11 @@ def model_tokenizer(model_id:str, # Folder, hub id, or 'embedded'
 # %% ../nbs/06_recipes.ipynb #abcefd3f
 def precision(want:str, # `training.memory.mixed_precision`
     fast:torch.dtype, # From `fast_dtype`
-)->str: # 'no', 'bf16' or 'fp16'
+)->str: # 'no', 'bf16', 'fp16' or 'fp8'
     "Type of the products in training; raises `ValueError` for what this machine cannot do"
-    if want=='fp16' and not torch.cuda.is_available(): raise ValueError("training.memory.mixed_precision: 'fp16' needs a GPU, and there is none: use 'bf16', 'no' or 'auto'")
-    return ('bf16' if fast==torch.bfloat16 else 'no') if want=='auto' else want
+    gpu = torch.cuda.is_available()
+    if want in ('fp16', 'fp8') and not gpu: raise ValueError(f"training.memory.mixed_precision: {want!r} needs a GPU, and there is none: use 'bf16', 'no' or 'auto'")
+    return ('bf16' if fast==torch.bfloat16 else 'fp16' if gpu else 'no') if want=='auto' else want
 
 # %% ../nbs/06_recipes.ipynb #4cbbce4c
 def sees(c:Config)->bool: # Never for the package's own prompts
@@ -74,7 +75,7 @@ def check_images(c:Config): # Raises `ValueError` with the key to change
     v,ids = c.validation,dict(teacher=c.teacher.model_id, student=c.student.model_id)
     done = {s.kind for s in stage_list(c)}&{'self', 'on_policy'}
     for bad,k in ((c.student.prune, 'student.prune'), (done, 'training.stages'), (v.own_text, 'validation.own_text'), (v.benchmarks, 'validation.benchmarks'), (v.speed, 'validation.speed'),
-        (c.export.gguf, 'export.gguf'), (c.export.onnx, 'export.onnx')):
+        (c.export.gguf, 'export.gguf'), (c.export.onnx, 'export.onnx'), (not c.teacher.present, 'teacher.present')):
         if bad: raise ValueError(f'{k}: is for prompts of text, and these hold images: leave it out')
     for k,o in ids.items():
         if auto_class(model_path(o)) is AutoModelForCausalLM: raise ValueError(f'{k}.model_id: {o} does not see, and the prompts hold images')
@@ -93,6 +94,8 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
         raise ValueError(f'student.projection: the models are {t.hidden_size} and {m.hidden_size} wide, the file says {got[0]} and {got[1]}')
     for name,o in (('teacher', t), ('student', m)):
         if s.relations and o.hidden_size%s.relations.n_heads: raise ValueError(f'student.relations.n_heads: {s.relations.n_heads} does not divide the width of the {name}, {o.hidden_size}')
+    if t.hidden_size!=m.hidden_size and any(o.loss.last for o in stage_list(config)):
+        raise ValueError(f'training.loss.last: teacher and student are {t.hidden_size} and {m.hidden_size} wide, and it compares their states as they are: use false')
     if sees(config): check_images(config)
     if s.model_id: check_tokenizers(*[model_tokenizer(o) for o in (config.teacher.model_id, s.model_id)])
 
@@ -172,6 +175,7 @@ def prompt_rows(p:Prompts, # Which, and how many
     every = list(load_dataset('json', data_files=p.file, split='train')) if p.file else [o for s in SPLITS[:3] for o in load_prompts(s)]
     if (odd := [(i, r.get('split')) for i,r in enumerate(every) if r.get('split') not in SPLITS]):
         raise ValueError(f'{p.file}: row {odd[0][0]+1} has split {odd[0][1]!r}: use one of {", ".join(SPLITS)}')
+    if (bare := [i for i,r in enumerate(every) if not str(r.get('prompt') or '').strip()]): raise ValueError(f'{p.file}: row {bare[0]+1} has no prompt: give it one, or remove it')
     res = []
     for split in SPLITS:
         n,rows = getattr(p, split),[r for r in every if r['split']==split]
@@ -209,6 +213,7 @@ def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     "Load the teacher, once"
     if self.teacher: return self.teacher
     t = self.config.teacher
+    if not t.present: raise ValueError('teacher.present: is false, and this needs the teacher')
     dtype = getattr(torch, t.dtype, None) if t.dtype!='auto' else None if self.device=='cuda' else self.fast
     self.teacher = (ImageTeacher if self.sees else TeacherSynthesizer)(model_path(t.model_id), device=self.device, dtype=dtype)
     return self.teacher
@@ -226,16 +231,39 @@ def layer_map(self:Run,
     at = sorted({round(n_student*(i+1)/(p.n_layers+1)) for i in range(p.n_layers)})
     return {s: full[s] for s in at}
 
+# %% ../nbs/06_recipes.ipynb #2d2e190b
+@patch
+def found(self:Run,
+    asked:dict, # From `caches`
+)->TeacherCache: # To train on
+    "Caches that were made elsewhere, if they are those of this file"
+    t = self.config.teacher
+    s,conf,made = t.synthesis,model_config(t.model_id),[TeacherCache(p) for p in asked]
+    for cache,rows in zip(made, asked.values()):
+        m = cache.manifest['teacher']
+        if (m.get('hidden_size'), m.get('vocab_size'))!=(conf.hidden_size, conf.vocab_size): raise CacheError(f'{cache.path}: is of another teacher than {t.model_id}')
+        check_tokenizers(model_tokenizer(t.model_id), cache.tokenizer)
+        cache.check_plan(rows, max_new_tokens=s.max_new_tokens, temperature=s.temperature, seed=s.seed)
+    odd = {k: v for k,v in codec_settings(**codec(self.config)).items() if made[0].manifest.get(k)!=v}
+    if odd: raise CacheError(f'{made[0].path}: was made with {({k: made[0].manifest.get(k) for k in odd})}, and {odd} is asked for')
+    print(f'{t.cache_dir}: complete, and taken as it is, without its teacher')
+    self.cache,self.judged = made[0],made[-1]
+    return self.cache
+
 # %% ../nbs/06_recipes.ipynb #a3ea6dde
 @patch
 def synth(self:Run)->TeacherCache: # Whole, to train on; `self.judged` is the one to judge on, mostly the same
     "Ask the teacher, or find that it has been asked"
-    t,c = self.load_teacher(),self.config
+    c,asked = self.config,caches(self.config)
+    if not c.teacher.present: return self.found(asked)
+    for path in asked:
+        with claim(path): pass # what cannot be written is refused before the teacher is loaded
+    t = self.load_teacher()
     n = c.student.prune.n_layers if c.student.prune else model_config(c.student.model_id).num_hidden_layers
     N = t.model.config.get_text_config(decoder=True).num_hidden_layers
     layers = sorted({l for p in (c.student.projection, c.student.relations) for l in self.layer_map(N, n, p).values()})
     s,made = c.teacher.synthesis,[]
-    for path,rows in caches(c).items():
+    for path,rows in asked.items():
         how = {} if made else dict(layers=layers, **codec(c))
         with self.timed('synthesis'): made.append(build_cache(t, rows, path, **how, max_new_tokens=s.max_new_tokens,
             temperature=s.temperature, seed=s.seed, batch_size=s.batch_size, progress=self.progress))
@@ -278,7 +306,7 @@ def pruned(self:Run,
     path = self.out/('start' if p.model_dump()==self.config.student.prune.model_dump() else 'baseline-influence')
     note,key = path.with_suffix('.json'),sha256_json(dict(prune=p.model_dump(), cache=self.cache.manifest))
     if path.exists():
-        if not note.exists() or load_json(note)['key']!=key: raise ValueError(f'{path} holds a student of other settings or answers: use another `out` folder, or remove this one')
+        if not note.exists() or load_json(note)['key']!=key: raise ValueError(f'{path} holds a student of other settings or answers, or of an earlier version: use another `out` folder')
         if path not in self.known: print(f'{path.name}: the pruned student is there already')
     else:
         save_json(dict(key=key), note)
@@ -309,7 +337,9 @@ def key(self:Run,
     *more, # What else it depends on, as JSON
 )->str: # SHA-256
     "What decides over a trained model: teacher, student, training and prompts"
-    return sha256_json([self.config.model_dump(mode='json', include={'teacher', 'student', 'training', 'prompts'}), *more])
+    made = self.config.model_dump(mode='json', include={'teacher', 'student', 'training', 'prompts'})
+    del made['teacher']['present'] # who is at hand changes nothing
+    return sha256_json([made, *more])
 
 # %% ../nbs/06_recipes.ipynb #dcb9a3e5
 @patch
@@ -359,6 +389,7 @@ def let_go(self:Run,
     student, # To be trained
 ):
     "Check the pair, make the baseline, judge the teacher, and let it go"
+    if not self.config.teacher.present: return
     check_pair(self.load_teacher().model, student, self.teacher.tokenizer, self.cache.tokenizer)
     if self.config.student.prune: self.pruned(baseline=True)
     self.scores('teacher', lambda: self.load_teacher().model)
@@ -626,7 +657,8 @@ def compare(self:Run,
     models:dict, # From `train`
 )->Report: # Without answers
     "Judge the models against baseline, control and teacher"
-    c,found = self.config,dict(teacher=self.scores('teacher', lambda: self.load_teacher().model))
+    c,here = self.config,self.config.teacher.present
+    found = dict(teacher=self.scores('teacher', lambda: self.load_teacher().model)) if here else {}
     hist = {n: load_json(self.out/f'history-{n}.json')['rows'] for n in models}
     seen,k = {n: sum(r['n_tokens'] for r in h) for n,h in hist.items()},self.fair(hist['student'])
     mid,short = f'student @ {k} steps',0<k<len(hist['student'])
@@ -698,6 +730,7 @@ def benchmarks(self:Run,
     "Teacher, student before and after, and control, on the benchmarks that the file names"
     v,tok,res = self.config.validation,self.cache.tokenizer,{}
     who = dict(teacher=lambda: self.load_teacher().model, before=lambda: self.load_student(self.start()).eval()) | {n: lambda m=m: m for n,m in models.items()}
+    if not self.config.teacher.present: del who['teacher']
     same = v.limit,v.tasks,v.judge and v.judge.model_dump(),{n: weights_sha256(m) for n,m in models.items()}
     for b in v.benchmarks:
         asked = lambda: {n: run_benchmarks(f(), tok, [b], v.limit, tasks=v.tasks)[b] for n,f in who.items()}
@@ -817,7 +850,8 @@ def speed(self:Run,
     if not n: return {}
     if not self.cache.tokenizer.chat_template: return dict(not_run='not run: without a chat template there is no answer to be timed')
     qs = [words(e['meta']['prompt']) for e in self.some('heldout', n) or self.some('train', n)]
-    who = dict(teacher=Path(cached_file(model_path(self.config.teacher.model_id), 'config.json')).parent, student=folder)
+    at = lambda: Path(cached_file(model_path(self.config.teacher.model_id), 'config.json')).parent
+    who = (dict(teacher=at()) if self.config.teacher.present else {}) | dict(student=folder)
     return self.kept('speed', lambda: bench_models(who, qs, max_tokens=32), qs, *more)
 
 # %% ../nbs/06_recipes.ipynb #893b0cf6
@@ -868,7 +902,7 @@ def finish(self:Run,
     self.save(rep)
     k,t = self.config.validation.answers,self.config.teacher.model_id
     qs = [e['meta']['prompt'] for e in self.some('heldout', k-k//2) + self.some('ood', k//2)]
-    who = dict(teacher=model_path(t), before=self.start(), after=final)
+    who = (dict(teacher=model_path(t)) if self.config.teacher.present else {}) | dict(before=self.start(), after=final)
     said = self.answers(who.values(), qs, weights_sha256(student))
     rep.samples = [dict(prompt=words(q), answers=dict(zip(who, a))) for q,a in zip(qs, zip(*said))]
     return self.save(rep)

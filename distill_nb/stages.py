@@ -108,6 +108,12 @@ def compare(self:SelfDistiller,
     o = linear_divergence(h, self.head(), target, T, kl=kl*self.mix)
     return d._replace(loss=d.loss+o.loss)
 
+# %% ../nbs/03a_stages.ipynb #23b7a3df
+@patch
+def settings(self:SelfDistiller)->dict: # As JSON
+    "What decides over the loss, besides weights and stage"
+    return super(SelfDistiller, self).settings() | dict(mix=self.mix, own=self.own.manifest)
+
 # %% ../nbs/03a_stages.ipynb #7a2d1e42
 def self_distill(
     student:PreTrainedModel, # Of the stage before; trained on afterwards

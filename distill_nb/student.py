@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/student.html.md"""
 
 # %% auto #0
 __all__ = ['decoder_layers', 'cut_config', 'drop_layers', 'storages', 'BlockTrace', 'Given', 'block_influence', 'greedy_drops',
-           'evenly', 'prune_student', 'correction', 'refit', 'refit_gaps', 'check_tokenizers', 'doubts', 'check_pair',
-           'freeze_below', 'Unfreeze', 'add_lora', 'merge_lora']
+           'evenly', 'prune_student', 'correction', 'last_linear', 'refit', 'refit_gaps', 'check_tokenizers', 'doubts',
+           'check_pair', 'freeze_below', 'Unfreeze', 'add_lora', 'merge_lora']
 
 # %% ../nbs/01a_student.ipynb #29a49662
 import copy, warnings
@@ -208,14 +208,19 @@ def prune_student(teacher:TeacherSynthesizer, # The frozen teacher
     return drop_layers(model, [i for i in range(n) if i not in gone])
 
 # %% ../nbs/01a_student.ipynb #4c713ecd
-def correction(x:Tensor, # `(N,k)`, what a linear layer was given
-    miss:Tensor, # `(N,d)`, what its output lacks
-    ridge:float=0.1, # Penalty on the change, in units of the mean square of `x`
+def correction(xx:Tensor, # `(k,k)`, sum of `x x^T` over tokens, `x` what a linear layer was given
+    xm:Tensor, # `(k,d)`, sum of `x m^T`, `m` what its output lacks
+    ridge:float=0.1, # Lambda, in units of the mean of the diagonal of `xx`
 )->Tensor: # `(d,k)`, to be added to the layer's weight, float64
     "The change of a linear layer that makes up for what is missing, by ridge regression"
-    G = (x.T@x).double() # (k,k)
-    G.diagonal().add_(ridge*G.diagonal().mean())
-    return torch.linalg.solve(G, (x.T@miss).double()).T
+    G = xx.double()
+    return torch.linalg.solve(G+ridge*G.diagonal().mean()*torch.eye(len(G), dtype=G.dtype, device=G.device), xm.double()).T
+
+# %% ../nbs/01a_student.ipynb #b05c12a9
+def last_linear(block:nn.Module, # Of a decoder
+)->nn.Linear|None: # None where there is none
+    "The linear layer that comes last in a block"
+    return ([None]+[m for m in block.modules() if isinstance(m, nn.Linear)])[-1]
 
 # %% ../nbs/01a_student.ipynb #1a923ff3
 @patch
@@ -224,13 +229,13 @@ def into(self:BlockTrace,
     h:Tensor, # `(B,L,d)`, the state before the block
     i:int, # Block to run, counted from 0
     more:float=0., # Added to the output of the block's last linear layer
-)->tuple[Tensor,Tensor]: # `(B,L,d)`, the state after the block, and `(B,L,k)`, what its last linear layer was given
-    "Run a block and look into its last linear layer"
-    linear,xs = [m for m in self.blocks[i].modules() if isinstance(m, nn.Linear)],[]
-    def note(_, args, out):
+)->tuple[Tensor,Tensor|None]: # `(B,L,d)`, the state after the block, and `(B,L,k)`, what its last linear layer was given
+    "Run a block and note what its last linear layer is given"
+    xs,layer = [],last_linear(self.blocks[i])
+    def _note(_, args, out):
         xs.append(args[0])
         return out+more
-    hook = linear[-1].register_forward_hook(note) if linear else None
+    hook = layer.register_forward_hook(_note) if layer else None
     try: after = self.run(h, i)
     finally:
         if hook: hook.remove()
@@ -242,9 +247,9 @@ def check_adds(self:BlockTrace,
     h:Tensor, # `(B,L,d)`, a state before the block
     i:int, # Block, counted from 0
 )->None: # ValueError where it does not
-    "Does a block add the output of its last linear layer to the state?"
+    "Refuse a block that does not add the output of its last linear layer to the state"
     (a,x),(b,_) = (self.into(h, i, more) for more in (0., 1.))
-    if x is None or x.shape[:2]!=h.shape[:2] or abs((b-a)[self.mask].float().median()-1)>.1:
+    if x is None or x.shape[:2]!=h.shape[:2] or ((b-a)[self.mask].float()-1).abs().median()>.1:
         raise ValueError(f'{type(self.blocks[i]).__name__} does not add the output of its last linear layer to the state as it is, so gaps cannot be refitted: leave refit out')
 
 # %% ../nbs/01a_student.ipynb #ff3d0122
@@ -256,15 +261,16 @@ def refit(block:nn.Module, # Of the student; changed in place
     i:int, # Number of the block in the teacher
     ridge:float, # As in `correction`
 )->list[Tensor]: # `(B,L,d)` for each trace, the states after the changed block
-    "Bring the states after a block close to others"
+    "Change a block's last linear layer so that the states after it come near to `ys`"
     traces[0].check_adds(hs[0], i)
-    outs,xs = zip(*[t.into(h, i) for t,h in zip(traces, hs)])
-    X,Y,H = (torch.cat([o[t.mask].float() for t,o in zip(traces, os)]) for os in (xs, ys, outs))
-    w = 1/Y.norm(dim=1, keepdim=True).clamp_min(1e-9)
-    D = correction(w*X, w*(Y-H), ridge)
-    layer = [m for m in block.modules() if isinstance(m, nn.Linear)][-1]
-    layer.weight.add_(D)
-    return [h+(x.float()@D.T.float()).to(h.dtype) for h,x in zip(outs, xs)]
+    ran,xx,xm = [t.into(h, i) for t,h in zip(traces, hs)],0,0
+    for t,(h,x),y in zip(traces, ran, ys):
+        h,x,y = (o[t.mask].float() for o in (h, x, y))
+        w = 1/y.norm(dim=1, keepdim=True).clamp_min(1e-9)
+        xx,xm = xx+(w*x).T@(w*x),xm+(w*x).T@(w*(y-h))
+    D = correction(xx, xm, ridge)
+    last_linear(block).weight.add_(D)
+    return [h+(x.float()@D.T.float()).to(h.dtype) for h,x in ran]
 
 # %% ../nbs/01a_student.ipynb #c00d8775
 @patch
@@ -287,10 +293,12 @@ def refit_gaps(teacher:PreTrainedModel, # The whole model, frozen
 )->PreTrainedModel: # The student
     "Let the block before each gap make up for the blocks that are missing"
     keep,n = student.config.kept_layers,len(decoder_layers(teacher)[1])
-    ends,exs = [*keep[1:], n],sorted(examples, key=lambda e: len(e['input_ids']))
-    traces = [BlockTrace(teacher, exs[i:i+batch_size]) for i in range(0, len(exs), batch_size)]
-    hs = [t.calls[0][0][0] for t in traces]
-    ys = [t.targets([b for a,b in zip(keep, ends) if b!=a+1]) for t in traces]
+    ends,exs,traces,hs,ys = [*keep[1:], n],sorted(examples, key=lambda e: len(e['input_ids'])),[],[],[]
+    for i in range(0, len(exs), batch_size):
+        t = BlockTrace(teacher, exs[i:i+batch_size])
+        hs.append(t.calls[0][0][0])
+        ys.append(t.targets([b for a,b in zip(keep, ends) if b!=a+1]))
+        traces.append(t)
     for block,a,b in zip(decoder_layers(student)[1], keep, ends):
         if b==a+1: hs = [t.run(h, a) for t,h in zip(traces, hs)]
         else: hs = refit(block, traces, hs, [y[b] for y in ys], a, ridge)

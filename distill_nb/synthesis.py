@@ -614,10 +614,12 @@ def _digest(*parts): return hashlib.sha256(b'\0'.join(p if isinstance(p, bytes) 
 
 # %% ../nbs/00_synthesis.ipynb #faaf5182
 def weights_sha256(model:nn.Module, # Any module
-)->str: # SHA-256 over names, types, shapes and bytes of all parameters and buffers
+    only:set[str]=None, # Names; default: all
+)->str: # SHA-256 over names, types, shapes and bytes of parameters and buffers
     "Hash of a model's weights"
     h = hashlib.sha256()
     for k,v in sorted(model.state_dict().items()):
+        if only is not None and k not in only: continue
         if v.device.type=='meta': v = here(model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2])
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,7 +8,7 @@ Docs: https://example.org/distill_nb/trainer.html.md"""
 __all__ = ['train_distillation', 'tail_at', 'teacher_target', 'Distiller', 'Stage', 'stage_at', 'lr_at', 'epoch_batches',
            'spike_bound', 'find_spikes', 'token_mean', 'KLMonitor', 'Recorder', 'engine', 'Callback', 'adamw',
            'DistillTrainer', 'to_device', 'example_kls', 'finite', 'kept_memory', 'plain_attention', 'Evaluate',
-           'held_out', 'EarlyStopping', 'KeepBest']
+           'held_out', 'EarlyStopping', 'KeepBest', 'AsModel']
 
 # %% ../nbs/03_trainer.ipynb #f211071d
 import contextlib, ctypes, functools, itertools, json, math, os, random
@@ -30,7 +30,7 @@ from .cache import CacheError, TeacherCache, load_tensors, replace_file, save_te
 from .divergences import Sampled, TopK
 from .loss import DistillationLoss, LinearDivergence, OutputHead, hidden_loss, linear_divergence, output_head
 from .student import Unfreeze, check_pair
-from .synthesis import Head, TeacherSynthesizer, head_input, seeded
+from .synthesis import Head, TeacherSynthesizer, head_input, seeded, weights_sha256
 
 # %% ../nbs/03_trainer.ipynb #37acf55f
 def train_distillation(
@@ -133,10 +133,17 @@ def head(self:Distiller)->OutputHead: # Its weights are the student's own
     m = self.student.get_output_embeddings()
     return OutputHead(m.weight, m.bias, *self.bend)
 
+# %% ../nbs/03_trainer.ipynb #672e97a5
 @patch(as_prop=True)
 def matches(self:Distiller)->bool: # Is the loss on hidden states too?
-    "Heads between layers, or the last states as they stand"
+    "Through heads between layers, or the last states as they stand"
     return bool(self.heads) or self.last
+
+@patch
+def settings(self:Distiller)->dict: # As JSON
+    "What decides over the loss, besides weights and stage"
+    layers = {s: [t, repr(self.heads[str(s)]), getattr(self.heads[str(s)], 'direction', '')] for s,t in self.layer_map.items()}
+    return dict(layers=layers, last=self.last, teacher_dtype=str(self.teacher_dtype))
 
 # %% ../nbs/03_trainer.ipynb #2e423236
 @patch
@@ -168,9 +175,8 @@ def forward(self:Distiller,
     d = self.compare(x, labels[mask], batch, alpha)
     loss,logit = d.loss,(d.loss.detach()-(s.ce*d.ce.sum() if s.ce else 0))/alpha if alpha else s.temperature**2*d.kl.sum()
     if self.matches:
-        parts = [self.features(out.hidden_states, batch, mask)] if self.heads else []
-        if self.last: parts.append(hidden_loss(x, batch['teacher_hidden']))
-        f = torch.stack(parts).mean(0).sum()
+        f,k = (self.features(out.hidden_states, batch, mask).sum(),len(self.heads)) if self.heads else (0,0)
+        if self.last: f = (k*f+hidden_loss(x, batch['teacher_hidden']).sum())/(k+1)
         loss = loss + (1-alpha)*self.balance*f
     return dict(loss=loss/max(n_tokens or len(d.kl), 1), kl=d.kl, agree=d.agree, logit=logit, n=len(d.kl), feature=None if f is None else f.detach())
 
@@ -407,6 +413,8 @@ class DistillTrainer:
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
         self.skipped,self.lr_scale,self.stop = 0,1.,False # a callback may set `stop`
+        if distiller.matches and any(s.targets=='text' for s in stages): raise ValueError("targets='text' is about text alone: use a Distiller without projections and without last")
+        if distiller.last and all(s.alpha==1 for s in stages): raise ValueError('last has no weight where alpha is 1: give a stage an alpha below 1')
         if activation_checkpointing: distiller.student.activation_checkpointing_enable()
         self.names = {n: p for n,p in distiller.named_parameters() if p.requires_grad}
         self.opt = adamw(self.names.values(), weight_decay, self.betas)
@@ -535,12 +543,17 @@ def one_step(self:DistillTrainer,
     return row
 
 # %% ../nbs/03_trainer.ipynb #95c330a5
+@patch(as_prop=True)
+def kept(self:DistillTrainer)->dict[str,nn.Parameter]: # By name
+    "What a checkpoint holds: all that trains, and the heads"
+    return self.names | {n: p for n,p in self.distiller.named_parameters() if n.startswith('heads.')}
+
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
-    "Identity of a run: stages, data, batch sizes, seed"
-    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema')}
-    shapes = {n: list(p.shape) for n,p in self.names.items()}
-    what = dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, last=self.distiller.last)
+    "Identity of a run: stages, data, batch sizes, seed, and what does not train"
+    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema', 'frozen')}
+    shapes = {n: list(p.shape) for n,p in self.kept.items()}
+    what = dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, distiller=self.distiller.settings())
     return sha256_json(what | dict(processes=self.accelerator.num_processes, shapes=shapes) | numbers)
 
 # %% ../nbs/03_trainer.ipynb #0f10277d
@@ -558,7 +571,7 @@ def save(self:DistillTrainer,
     step:int, # Steps done
 ):
     "Write a checkpoint, then remove all but the newest two"
-    t = {f'param.{n}': p for n,p in self.names.items()} | {f'ema.{n}': a for n,a in self.averages.items()}
+    t = {f'param.{n}': p for n,p in self.kept.items()} | {f'ema.{n}': a for n,a in self.averages.items()}
     scaler = self.accelerator.scaler
     for n,p in self.names.items(): t.update({f'{k}.{n}': v for k,v in self.opt.state[p].items()})
     meta = dict(step=step, balance=self.distiller.balance, lr_scale=self.lr_scale, settings=self.settings_sha256(), rows=self.recorder.rows,
@@ -584,7 +597,7 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
             continue
         if meta['settings']!=self.settings_sha256(): raise ValueError(f'{p} belongs to a run with other stages, data or settings: use another `out` folder, or fit(resume=False)')
         with torch.no_grad():
-            for n,q in self.names.items(): q.copy_(t[f'param.{n}'])
+            for n,q in self.kept.items(): q.copy_(t[f'param.{n}'])
             for n,a in self.averages.items(): a.copy_(t[f'ema.{n}'])
         self.opt.state.clear()
         for n,q in self.names.items():
@@ -672,6 +685,7 @@ def begin(self:DistillTrainer,
     self.out.mkdir(parents=True, exist_ok=True)
     self.distiller.to(acc.device).train()
     self.averages,self.stop = {n: p.detach().clone() for n,p in self.names.items()} if self.ema else {},False
+    self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
     if not resume and acc.is_main_process: self.forget(self.checkpoints())
     step = self.restore() if resume else 0
     self.write_history()
@@ -810,3 +824,21 @@ class KeepBest(Callback):
     ):
         "Load them"
         for n,v in load_tensors(tr.out/'best.safetensors')[0].items(): tr.names[n].data.copy_(v)
+
+# %% ../nbs/03_trainer.ipynb #77432e61
+class AsModel(nn.Module):
+    "A `Distiller` in the shape that `transformers.Trainer` drives"
+    def __init__(self,
+        distiller:Distiller, # With the `loss` that is wanted; its `cache` is the data set, `cache.collate` the collator
+    ):
+        "Keep it; ValueError where `transformers` cannot move a batch"
+        super().__init__()
+        if distiller.cache.gives not in ('hidden', 'logits'): raise ValueError(f"{distiller.cache.manifest['codec']!r} batches hold named tuples, which transformers.Trainer takes apart: use a cache of hidden states or 'full'")
+        self.distiller = distiller
+
+    def forward(self,
+        num_items_in_batch:int|None=None, # Target tokens of the window; default: of this batch
+        **batch # From `cache.collate`
+    )->dict: # `loss`
+        "The loss of a batch, as a share of its window's mean"
+        return dict(loss=self.distiller(batch, num_items_in_batch)['loss'])

@@ -162,6 +162,10 @@ class RelationDistiller(Distiller):
         super().__init__(student, cache, loss, {s: (t, nn.Identity()) for s,t in layers.items()})
         self.n_heads = n_heads
 
+    def settings(self)->dict: # As JSON
+        "What decides over the loss, besides weights and stage"
+        return super().settings() | dict(n_heads=self.n_heads)
+
     def features(self,
         hidden_states:tuple, # Of the student, `(B,L,d)` each
         batch:dict, # From `cache.collate`

@@ -12,7 +12,7 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'sparse', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'trainer', 'stages', 'vision', 'eval', 'benchmarks',
+ORDER = ['synthesis', 'codecs', 'sparse', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'trainer', 'stages', 'vision', 'watch', 'eval', 'benchmarks',
     'export', 'serving', 'winrate', 'config', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']

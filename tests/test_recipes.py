@@ -5,17 +5,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest, torch
+import pytest, torch, yaml
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from distill_nb import recipes
-from distill_nb.cache import load_json
+from distill_nb.cache import CacheError, claim, load_json
 from distill_nb.config import Config, preset, read_yaml, tables
 from distill_nb.eval import Report
-from distill_nb.plan import main, make_plan, projection_cost
+from distill_nb.plan import main, make_plan, projection_cost, verify
 from distill_nb.recipes import Run, judge_model, prompt_rows, run
 from distill_nb.synthesis import embedded_teacher
 
@@ -264,6 +264,41 @@ def test_other_tokenizer_is_refused_before_anything_runs(pair, tmp_path):
     with pytest.raises(ValueError, match='tokenizers differ'): Run(Config.from_dict(o))
     assert not (tmp_path/'run').exists()
 
+def test_states_of_two_widths_are_refused_before_anything_runs(pair, tmp_path):
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    o['distillation']['training']['loss'] = dict(last=True, alpha=.5)
+    with pytest.raises(ValueError, match='training.loss.last: teacher and student are 48 and 32 wide'): Run(Config.from_dict(o))
+
+@pytest.mark.parametrize('command', ['synth', 'verify'])
+def test_a_second_writer_is_refused_before_the_teacher_is_loaded(command, pair, tmp_path):
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    (tmp_path/'o.yaml').write_text(yaml.safe_dump(o))
+    path = o['distillation']['teacher']['cache_dir']
+    there,loads = mock.patch('distill_nb.plan.load_manifest'),mock.patch.object(Run, 'load_teacher', side_effect=AssertionError('loaded'))
+    with claim(path), there, loads, pytest.raises(CacheError, match='is writing this cache'):
+        Run(Config.from_dict(o), False).synth() if command=='synth' else verify(path, str(tmp_path/'o.yaml'))
+
+def test_training_without_the_teacher_is_the_same_training(pair, tmp_path):
+    "A cache made where the teacher is, a run where it is not: the same steps and scores, and no word of its weights"
+    shutil.copytree(pair[0], tmp_path/'teacher')
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], (str(tmp_path/'teacher'), pair[1]), tmp_path)
+    o['distillation']['validation'] = dict(answers=2, speed=0)
+    whole = quiet(run, Config.from_dict(o), False)
+    (tmp_path/'teacher/model.safetensors').unlink()
+    o['distillation']['teacher']['present'],o['distillation']['out'] = False,str(tmp_path/'apart')
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): apart = run(Config.from_dict(o), False)
+    assert 'without its teacher' in said.getvalue() and set(apart.models)==set(whole.models)-{'teacher'}
+    assert apart.history==whole.history and apart.models['student']['heldout'].kl==whole.models['student']['heldout'].kl
+    assert set(apart.samples[0]['answers'])=={'before', 'after'}
+    for key,value,said in (('nats', 1e-3, '0.001'), ('synthesis', dict(max_new_tokens=9), '9 is asked for')):
+        wrong = json.loads(json.dumps(o))
+        wrong['distillation']['teacher'][key] = value
+        with pytest.raises(CacheError, match=said): Run(Config.from_dict(wrong), False).synth()
+    assert 'teacher writes' not in str(make_plan(Config.from_dict(o), 'cpu'))
+    o['distillation']['prompts'] = dict(train=4)
+    with pytest.raises(CacheError, match='other prompts'): Run(Config.from_dict(o), False).synth()
+
 def test_seconds_of_a_killed_part_are_on_the_bill(pair, tmp_path):
     o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
     (tmp_path/'o.json').write_text(json.dumps(o))
@@ -287,7 +322,7 @@ class Seen(Exception): "What was wanted is known"
 def given(name, act):
     "What `act` gives to the function `name` of the recipes: `(args, kwargs)`"
     def look(r):
-        with mock.patch.object(recipes, name, side_effect=Seen) as m, contextlib.suppress(Seen): act(r)
+        with mock.patch.object(recipes, name, side_effect=Seen) as m, mock.patch.object(recipes, 'claim', contextlib.nullcontext), contextlib.suppress(Seen): act(r)
         return m.call_args.args,m.call_args.kwargs
     return look
 
@@ -355,6 +390,7 @@ def judge_asked(r):
 
 EFFECTS = {
     'teacher.model_id': ({}, 'STUDENT', lambda r: r.load_teacher().model.config.hidden_size, 32), 'teacher.cache_dir': ({}, 'elsewhere', lambda r: given('build_cache', Run.synth)(r)[0][2], 'elsewhere'),
+    'teacher.present': ({}, False, lambda r: str(pytest.raises(ValueError, r.load_teacher).value)[:26], 'teacher.present: is false,'),
     'teacher.dtype': ({}, 'bfloat16', lambda r: r.load_teacher().model.dtype, torch.bfloat16), 'teacher.store': ({}, 'int8', kw('dtype'), 'int8'),
     'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
     'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),

@@ -12,7 +12,7 @@ BASE = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_lay
     max_position_embeddings=96, initializer_range=.3, pad_token_id=0, bos_token_id=None, eos_token_id=0)
 WINDOW = dict(sliding_window=8, layer_types=['sliding_attention', 'full_attention'])
 FAMILIES = dict(llama={}, qwen3={}, mistral=dict(sliding_window=8), phi3={}, gemma2=dict(final_logit_softcapping=5., **WINDOW), gemma3_text=WINDOW, gpt2={},
-    gpt_neox={}, granite=dict(logits_scaling=6.), cohere=dict(logit_scale=.25), opt=dict(ffn_dim=48, word_embed_proj_dim=32))
+    gpt_neox={}, granite=dict(logits_scaling=6.), cohere=dict(logit_scale=.25), opt=dict(ffn_dim=48, word_embed_proj_dim=32), phi={})
 
 def family(kind, attention='eager'):
     torch.manual_seed(0)

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
-from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import distill_nb.cache, distill_nb.trainer
@@ -13,7 +12,7 @@ from distill_nb.cache import TeacherCache, build_cache, load_tensors
 from distill_nb.loss import DistillationLoss
 from distill_nb.projection import ProjectionHead
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, weights_sha256
-from distill_nb.trainer import Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, token_mean, train_distillation
+from distill_nb.trainer import AsModel, Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, token_mean, train_distillation
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -90,7 +89,7 @@ def two(root):
 @pytest.fixture(scope='module')
 def root():
     d = Path(tempfile.mkdtemp())
-    tok = AutoTokenizer.from_pretrained(embedded_teacher()).train_new_from_iterator(load_prompts('train')['prompt'][:100], 600)
+    tok = AutoTokenizer.from_pretrained(embedded_teacher()).train_new_from_iterator(load_prompts('train', 660)['prompt'][:100], 600)
     teacher = TeacherSynthesizer(tiny(2, .4, 0), tokenizer=tok, device='cpu')
     build_cache(teacher, load_prompts('train', 16), d/'cache', layers=(1,), max_new_tokens=8, temperature=1., progress=False)
     yield d
@@ -232,18 +231,15 @@ def test_transformers_trainer_has_the_same_gradients(root, tmp_path):
     tr = make(root, 'hf', dtype=torch.float64)
     dist,cache,seen,grads = tr.distiller,tr.cache,[],{}
     dist.loss = DistillationLoss(2., .5, ce=.1)
-    class Adapter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.distiller = dist
+    class Seen(AsModel):
         def forward(self, num_items_in_batch=None, **batch):
             seen.append(batch['index'].tolist())
-            return dict(loss=self.distiller(batch, num_items_in_batch)['loss'])
+            return super().forward(num_items_in_batch, **batch)
     class Grab(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kw): grads.update({n: p.grad.clone() for n,p in dist.named_parameters()})
     args = TrainingArguments(tmp_path, use_cpu=True, report_to=[], save_strategy='no', remove_unused_columns=False, per_device_train_batch_size=2,
         gradient_accumulation_steps=3, max_steps=1, max_grad_norm=0., disable_tqdm=True)
-    with redirect_stdout(io.StringIO()): Trainer(Adapter(), args, train_dataset=cache, data_collator=cache.collate, callbacks=[Grab()]).train()
+    with redirect_stdout(io.StringIO()): Trainer(Seen(dist), args, train_dataset=cache, data_collator=cache.collate, callbacks=[Grab()]).train()
     assert len(seen)==3 and len(set(sum(seen, [])))==6
     mine = make(root, 'hf', dtype=torch.float64).distiller
     mine.loss = dist.loss
