@@ -1,26 +1,29 @@
 #!/usr/bin/env python3
 """What each technique is worth: one teacher, one start, the same number of steps on the same prompts, three seeds.
 
-usage: ablation.py [--out ablation] [--layers 15] [--steps 30] [--seeds 3] [--train 160] [--judged 48] [--only NAME ...] [--report] [--no-write]
+usage: ablation.py [--out ablation] [--layers 15] [--refit 64] [--steps 30] [--seeds 3] [--train 160] [--judged 48] [--only NAME ...] [--report] [--no-write]
 
-The embedded teacher and a student of its own blocks (by block influence; the four lowest blocks and the embeddings stay as they are, where no other
-plan is named). Each run is kept as a file in `--out`, and a second call goes on where the first was stopped. At the end the table is printed, and
-written as the section "Ablation" of RESULTS.md beside this file. Intervals are over prompts, the seeds of a prompt together, paired with `logits`.
+The embedded teacher and a student of its own blocks (by block influence, the gaps refitted on `--refit` answers; the four lowest blocks and the embeddings
+stay as they start, where no other plan is named). Each run is kept as a file in `--out`, and a second call goes on where the first was stopped. At the end
+the table is printed, and written as the section "Ablation" of RESULTS.md beside this file. Intervals are over prompts, the seeds of a prompt together, paired
+with `logits`. With OMP_NUM_THREADS=1 two calls with different `--only` can work side by side once the cache is there; `--report` makes their table.
 """
 import argparse, contextlib, shutil, sys, time
 from pathlib import Path
 
 import torch
 
-from distill_nb.cache import build_cache, load_json, save_json
+from distill_nb.cache import build_cache
+from distill_nb.files import load_json, save_json
 from distill_nb.eval import Scores, better, evaluate
 from distill_nb.loss import DistillationLoss
 from distill_nb.projection import ProjectionHead, map_layers
 from distill_nb.relations import capture_qkv, relation_loss
 from distill_nb.stages import on_policy, score_cache, self_distill
-from distill_nb.student import add_lora, freeze_below, merge_lora, prune_student
+from distill_nb.student import add_lora, freeze_below, merge_lora, prune_student, refit_gaps
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts
-from distill_nb.trainer import Distiller, DistillTrainer, Stage
+from distill_nb.distiller import Distiller
+from distill_nb.trainer import DistillTrainer, Stage
 from loss import machine, write
 
 LR,TOKENS = 4e-4,48
@@ -48,8 +51,8 @@ class Ablation:
         self.cache = build_cache(self.teacher, rows, self.out/'cache', layers=sorted(self.pairs.values()), max_new_tokens=TOKENS)
         self.idx = self.cache.select(split='train')
         self.asked = [r for r in rows if r['split']=='train']
-        exs = [dict(input_ids=(e := self.cache[i])['input_ids'].tolist(), prompt_len=e['prompt_len']) for i in self.idx[:8]]
-        self.start = prune_student(self.teacher, a.layers, exs, 'influence').state_dict()
+        exs = [dict(input_ids=(e := self.cache[i])['input_ids'].tolist(), prompt_len=e['prompt_len']) for i in self.idx[:a.refit]]
+        self.start = refit_gaps(self.teacher.model, prune_student(self.teacher, a.layers, exs[:32], 'influence'), exs).state_dict()
 
     def student(self, frozen=4):
         s = prune_student(self.teacher, self.a.layers, [], 'uniform')
@@ -164,7 +167,7 @@ def table(before, res):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for k,v in dict(layers=15, steps=30, seeds=3, train=160, judged=48).items(): p.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(layers=15, refit=64, steps=30, seeds=3, train=160, judged=48).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--out', default='ablation')
     p.add_argument('--only', nargs='+', help='these runs')
     p.add_argument('--report', action='store_true', help='run nothing: the table of what is there')
@@ -172,7 +175,7 @@ def main():
     a = p.parse_args()
     Path(a.out).mkdir(exist_ok=True)
     with contextlib.redirect_stdout(sys.stderr): before,res = found(a.out, a.seeds) if a.report else Ablation(a).all()
-    what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, '
+    what = (f'The embedded teacher, {a.layers} of its 30 layers by block influence, gaps refitted on {a.refit} answers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, '
         f'judged on {a.judged} held-out prompts and {a.judged} out of distribution. KL(teacher || student) at T=1, nats per target token; differences are positive where the run is better than `logits`.')
     text = '\n\n'.join(['## Ablation', what, f'Machine: {machine()}.', table(before, res)])
     print(text)

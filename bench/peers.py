@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch, torch.nn.functional as F
 
 from distill_nb.divergences import Sampled, TopK, jsd, top_k
-from distill_nb.loss import forward_kl, linear_divergence, reverse_kl
+from distill_nb.loss import forward_kl, linear_divergence
 from loss import machine, write
 
 warnings.filterwarnings('ignore')
@@ -56,15 +56,15 @@ def entropy(T):
     log_t = (logits()[1][m]/T).log_softmax(-1)
     return -(log_t.exp()*log_t).sum(-1).mean()
 
-def symmetric(z, zt, T): return .5*forward_kl(z, zt, T) + .5*reverse_kl(z, zt, T)
+def symmetric(T): return .5*ours(T) + .5*ours(T, 'reverse_kl')
 def more_ids(T): return ours(T, target=(hT[m],bare(torch.cat([WT, extra]))))
 def zero_padded(T): return T**2*forward_kl(F.pad(logits()[0][m], (0,3)), (hT@torch.cat([WT, extra]).T)[m], T).mean()
 
 no_T2 = 'no T^2'
 def smaller(f, T): return no_T2, lambda: f(T)/T**2
-def plus_entropy(T, f='forward_kl', share=1.):
+def plus_entropy(T, f=ours, share=1.):
     "What a cross-entropy is more than a KL"
-    return f"{'half ' if share==.5 else ''}a cross-entropy, more by {'half ' if share==.5 else ''}the teacher's entropy" + '; no T^2'*(T!=1), lambda: ours(T, f)/T**2 + share*entropy(T)
+    return f"{'half ' if share==.5 else ''}a cross-entropy, more by {'half ' if share==.5 else ''}the teacher's entropy" + '; no T^2'*(T!=1), lambda: f(T)/T**2 + share*entropy(T)
 
 # Theirs
 
@@ -139,7 +139,7 @@ def rows_of(T):
     if T!=1: return
     for name in ('ForwardKLLoss', 'ForwardKLWithChunkedOutputLoss'): yield 'torchtune', name, T, ours, partial(torchtune, name=name), plus_entropy(T)
     yield 'torchtune', 'ReverseKLLoss', T, partial(ours, f='reverse_kl'), partial(torchtune, name='ReverseKLLoss'), None
-    yield 'torchtune', 'SymmetricKLLoss', T, partial(ours, f=symmetric), partial(torchtune, name='SymmetricKLLoss'), plus_entropy(T, symmetric, .5)
+    yield 'torchtune', 'SymmetricKLLoss', T, symmetric, partial(torchtune, name='SymmetricKLLoss'), plus_entropy(T, symmetric, .5)
 
 def value(loss): return loss.item(),torch.autograd.grad(loss, h)[0].flatten()
 

@@ -21,10 +21,11 @@ from distill_nb.config import preset
 from distill_nb.loss import hidden_loss, linear_divergence
 from distill_nb.plan import projection_cost, shape, student_memory, teacher_memory
 from distill_nb.projection import ProjectionHead
-from distill_nb.recipes import prompt_rows
+from distill_nb.pipeline import prompt_rows
 from distill_nb.student import freeze_below
 from distill_nb.synthesis import Head, TeacherSynthesizer, embedded_teacher, fast_dtype
-from distill_nb.trainer import Distiller, DistillTrainer, Stage
+from distill_nb.distiller import Distiller
+from distill_nb.trainer import DistillTrainer, Stage
 from loss import machine, status, write
 
 def sums(parts, before, length):

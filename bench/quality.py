@@ -6,7 +6,8 @@ usage: quality.py --trl FOLDER [--cache ablation/cache] [--layers 15] [--steps 4
 FOLDER is where `pip install --no-deps --target FOLDER trl` put TRL. One teacher, one start, the same batches in the same order, one loop and one
 optimizer; only the loss and what it costs differ: TRL's `GKDTrainer.compute_loss` with forward KL (beta 0) against the chunked loss from stored hidden
 states. The cache is one that ablation.py made. Seconds are CPU time of the training steps, on one thread; evaluation is not counted, synthesis neither.
-Scoring, which a cache needs once for texts that are there already, is measured and added in a second comparison. Writes quality.png and the section "Quality" of RESULTS.md.
+Scoring, which a cache needs once for texts that are there already, is measured and added in a second comparison, and in a third: three students from one
+cache against three online runs, both computed from the one run of each kind. Writes quality.png and the section "Quality" of RESULTS.md.
 """
 import argparse, json, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -14,12 +15,14 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, torch
 
-from distill_nb.cache import TeacherCache, score_rows
+from distill_nb.cache import TeacherCache
+from distill_nb.shards import score_rows
 from distill_nb.eval import evaluate
 from distill_nb.loss import DistillationLoss
 from distill_nb.student import freeze_below, prune_student
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher
-from distill_nb.trainer import Distiller, DistillTrainer, Stage
+from distill_nb.distiller import Distiller
+from distill_nb.trainer import DistillTrainer, Stage
 from loss import machine, write
 
 LR = 4e-4
@@ -105,10 +108,11 @@ def main():
     plot(res, extra)
     end = res['gkd'][-1]
     at = reached(res['ours'], end[2])
-    bars = [('time_to_trls_final_KL', at/end[1], .65), ('with_scoring', (at+extra)/end[1], .8)]
+    bars = [('time_to_trls_final_KL', at/end[1], .65), ('with_scoring', (at+extra)/end[1], .8),
+        ('three_students_with_scoring', (3*res['ours'][-1][1]+extra)/(3*end[1]), .7)]
     from importlib.metadata import version
     what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences, {a.steps*4/a.train:.2g} passes over {a.train} prompts, learning rate {LR:g}, one thread. '
-        f'TRL {version("trl")} GKD ends at {end[2]:.3f} nats after {end[1]:.0f} CPU seconds, ours at {res["ours"][-1][2]:.3f} after {res["ours"][-1][1]:.0f} (and {extra:.0f} of scoring, once). Synthesis is in neither.')
+        f'TRL {version("trl")} GKD ends at {end[2]:.3f} nats after {end[1]:.0f} CPU seconds, ours at {res["ours"][-1][2]:.3f} after {res["ours"][-1][1]:.0f} (and {extra:.0f} of scoring, once). Synthesis is in neither. The time of three students is three times that of the one run of each kind.')
     rows = ['| step | from the cache: s | nats | TRL GKD: s | nats |', '|---|---|---|---|---|'] + [f'| {n} | {s:.0f} | {k:.3f} | {t:.0f} | {q:.3f} |' for (n,s,k),(_,t,q) in zip(res['ours'], res['gkd'])]
     said = [f"BAR {n} {v:.2f} {lim} {'ok' if v<=lim else 'short'}" for n,v,lim in bars]
     text = '\n\n'.join(['## Quality', what, f'Machine: {machine()}.', '\n'.join(rows), '![Held-out KL against CPU seconds](quality.png)', '```\n'+'\n'.join(said)+'\n```'])

@@ -13,7 +13,7 @@ import yaml
 
 from distill_nb.cache import TeacherCache
 from distill_nb.config import Config, Loader, preset
-from distill_nb.recipes import Run
+from distill_nb.pipeline import Run
 
 def changed(steps, *settings):
     "The demo's configuration, shorter and with other values"

@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distill_nb.cache import TeacherCache, build_cache, load_json, save_json, save_tensors, sha256_json, shard_path
+from distill_nb.cache import TeacherCache, build_cache, shard_path
+from distill_nb.files import load_json, save_json, save_tensors, sha256_json
 from distill_nb.synthesis import TeacherSynthesizer
 
 D,MIB = 64,32

@@ -17,7 +17,8 @@ import torch
 
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
-from distill_nb.trainer import Distiller, adamw, kept_memory, plain_attention
+from distill_nb.distiller import Distiller
+from distill_nb.trainer import adamw, kept_memory, plain_attention
 from loss import machine, status, write
 from train import D, V, batch_of, student
 

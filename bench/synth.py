@@ -18,7 +18,8 @@ from cache import machine, report
 from fastcore.basics import chunked
 
 import distill_nb.cache as dc
-from distill_nb.cache import build_cache, read_rows
+from distill_nb.cache import build_cache
+from distill_nb.shards import read_rows
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, pad, trim
 
 SHARD = 64

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distill_nb.divergences import top_k
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
-from distill_nb.trainer import Distiller, adamw, kept_memory
+from distill_nb.distiller import Distiller
+from distill_nb.trainer import adamw, kept_memory
 from loss import machine, status, write
 
 V,D = 49152,576

@@ -268,9 +268,10 @@ def encode(self:Transform,
     h:Tensor, # `(N,d)` hidden states
     head:Head=None, # Not used
 )->dict: # `code (bytes,)` uint8, `ends (chunks+1,)` int64
-    "Round in the basis, compress chunk by chunk"
-    k = ((h.float()-self.mu)@self.basis).round().clamp(-32639, 32639).int()
-    frames = [compress_chunk(c) for c in k.split(CHUNK)]
+    "Round in the basis, compress chunk by chunk; ValueError where a number is too large for two bytes"
+    k = ((h.float()-self.mu)@self.basis).round()
+    if not (k.abs()<=32639).all(): raise ValueError(f'a hidden state lies {k.abs().max():.3g} steps from the mean, and two bytes hold 32,639: use a larger `nats`, or bf16')
+    frames = [compress_chunk(c) for c in k.int().split(CHUNK)]
     return dict(code=torch.frombuffer(bytearray(b''.join(frames)), dtype=torch.uint8),
         ends=torch.tensor([0]+[len(f) for f in frames]).cumsum(0))
 

@@ -9,7 +9,7 @@ __all__ = ['jsd', 'skew_kl', 'tvd', 'TopK', 'top_k', 'bucket_kl', 'Sampled', 'sa
 
 # %% ../nbs/02a_divergences.ipynb #7c9e24db
 import math, torch, torch.nn.functional as F
-from .loss import _divergences, _exp_, _kernels, _log_p, _reverse_, _wide, forward_kl
+from .loss import _check_ids, _divergences, _exp_, _kernels, _log_p, _reverse_, _softmax_, _times_, _top, _wide, forward_kl
 from fastcore.basics import patch
 from torch import Tensor
 from typing import NamedTuple
@@ -121,10 +121,6 @@ def top_k(
     logits,ids = z.topk(k, -1)
     return TopK(ids, logits, (z.scatter(-1, ids, -torch.inf)/T).logsumexp(-1), temperature, z.shape[-1])
 
-# %% ../nbs/02a_divergences.ipynb #38621a90
-def _check_ids(ids, n):
-    if ids.numel() and ids.max()>=n: raise ValueError(f"id {ids.max()} in the target, but student and teacher share only {n}: they must have one tokenizer")
-
 # %% ../nbs/02a_divergences.ipynb #0a375117
 @patch
 def check(self:TopK,
@@ -165,35 +161,34 @@ def rows(self:TopK):
 # %% ../nbs/02a_divergences.ipynb #c7b0376e
 @patch
 def kl_(self:TopK, # Target
-    z:Tensor, # (C, V), the student's logits; left as log p, less a constant per row
+    z:Tensor, # (C, V), the student's logits; left as p among the other ids
     r:slice, # Which rows of the target
     T:float|Tensor, # Temperature, or a column (C, 1) of them
     low:Tensor=None, # Unused: there is no product to make
 )->tuple: # KL (C,), twice, and top-1 agreement (C,); log p and log t over k+1 outcomes, for `diff_`
     "Divergence of a chunk, in place"
     ids,t,tail = self.ids[r],self.logits[r].to(z.dtype)/T,self.tail_lse[r].to(z.dtype)
-    agree = z.argmax(-1)==ids.gather(-1, t.argmax(-1, keepdim=True))[:,0]
-    s = z.div_(T).gather(-1, ids)
-    top,j = z.scatter_(-1, ids, -torch.inf).max(-1, keepdim=True)
-    torch.log_softmax(z, -1, out=z)
-    lse = (top - z.gather(-1, j)).masked_fill(top==-torch.inf, -torch.inf)
-    log_p,log_t = _with_tail(s, lse[:,0]), _with_tail(t, tail)
-    shift = log_p[:,-1:].masked_fill(lse==-torch.inf, 0.)
-    z.scatter_(-1, ids, log_p[:,:-1] - shift)
+    s = _times_(z, 1/T).gather(-1, ids)
+    i = _top(z.scatter_(-1, ids, -torch.inf))
+    none = z.gather(-1, i[:,None])[:,0]==-torch.inf
+    z[none] = 0.
+    top,log_q = _softmax_(z, z, i)
+    agree = (s.argmax(-1)==t.argmax(-1)) & ((s.amax(-1)>=top) | none)
+    log_p,log_t = _with_tail(s, (top - log_q).masked_fill(none, -torch.inf)), _with_tail(t, tail)
     kl = _kl(log_t, log_p)
     return kl, kl, agree, (log_p,log_t)
 
 # %% ../nbs/02a_divergences.ipynb #e76dd770
 @patch
 def diff_(self:TopK, # Target
-    log_p:Tensor, # (C, V), as `kl_` left it
+    p:Tensor, # (C, V), as `kl_` left it; overwritten
     r:slice, # Which rows of the target
-    state:tuple, # Third result of `kl_`
+    state:tuple, # Fourth result of `kl_`
 )->Tensor: # (C, V), gradient of KL with respect to the student's logits, times T; same storage
     "Gradient of a chunk, in place"
-    p,t = (o.exp() for o in state)
-    d = p - t
-    return log_p.exp_().mul_(d[:,-1:]).scatter_(-1, self.ids[r], d[:,:-1])
+    log_p,log_t = state
+    d = log_p.exp() - log_t.exp()
+    return p.mul_(d[:,-1:]).scatter_(-1, self.ids[r], d[:,:-1])
 
 # %% ../nbs/02a_divergences.ipynb #8cac6ee7
 class Sampled(NamedTuple):
@@ -208,7 +203,9 @@ def sampled_ce(
     target:Sampled, # Of the same N rows
 )->Tensor: # (N,), nats per token; its expectation is KL(teacher || student) plus the teacher's entropy
     "Cross-entropy with a sample of the teacher"
-    log_p = _log_p(student_logits[:,:min(target.vocab, student_logits.shape[-1])], 1.)
+    n = min(target.vocab, student_logits.shape[-1])
+    _check_ids(target.ids, n)
+    log_p = _log_p(student_logits[:,:n], 1.)
     return -(target.weights.to(log_p.dtype)*log_p.gather(-1, target.ids)).sum(-1)
 
 # %% ../nbs/02a_divergences.ipynb #5347d68b
@@ -229,23 +226,25 @@ def check(self:Sampled,
 # %% ../nbs/02a_divergences.ipynb #e075e538
 @patch
 def kl_(self:Sampled, # Target
-    z:Tensor, # (C, V), the student's logits; left as log p
+    z:Tensor, # (C, V), the student's logits; left as p
     r:slice, # Which rows of the target
     T:float|Tensor, # Temperature: 1
     low:Tensor=None, # Unused: there is no product to make
 )->tuple: # Cross-entropy (C,), twice, and top-1 agreement (C,); the weights, for `diff_`
     "Divergence of a chunk, in place"
     ids,w = self.ids[r],self.weights[r].to(z.dtype)
-    agree = z.argmax(-1)==ids.gather(-1, w.argmax(-1, keepdim=True))[:,0]
-    ce = -(w*torch.log_softmax(z, -1, out=z).gather(-1, ids)).sum(-1)
+    i,s = _top(z),z.gather(-1, ids)
+    agree = i==ids.gather(-1, w.argmax(-1, keepdim=True))[:,0]
+    top,log_q = _softmax_(z, z, i)
+    ce = (w*(top[:,None] - s - log_q[:,None])).sum(-1)
     return ce, ce, agree, w
 
 # %% ../nbs/02a_divergences.ipynb #12057b83
 @patch
 def diff_(self:Sampled, # Target
-    log_p:Tensor, # (C, V), as `kl_` left it
+    p:Tensor, # (C, V), as `kl_` left it; overwritten
     r:slice, # Which rows of the target
     state:Tensor, # Fourth result of `kl_`
 )->Tensor: # (C, V), gradient with respect to the student's logits; same storage
     "Gradient of a chunk, in place"
-    return log_p.exp_().mul_(state.sum(-1, keepdim=True)).scatter_add_(-1, self.ids[r], -state)
+    return p.mul_(state.sum(-1, keepdim=True)).scatter_add_(-1, self.ids[r], -state)

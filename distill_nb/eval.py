@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache import TeacherCache, load_json, replace_file, save_json
+from .cache import TeacherCache
+from .files import load_json, replace_file, save_json
 from .loss import forward_kl
 from .synthesis import Head, TeacherSynthesizer, head_input, head_of, pad
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from .cache import CacheError, kl_nats, load_json, replace_file, save_json
+from .codecs import kl_nats
+from .files import CacheError, load_json, replace_file, save_json
 from .eval import Report, eval_mode
 from .student import HARD
 from .vision import auto_class

@@ -61,7 +61,7 @@ def _named(divergence):
 class DistillationLoss(nn.Module):
     "Divergence of logits at a temperature, features and cross-entropy: a mean over target tokens"
     def __init__(self,
-        temperature:float=2., # T of the divergence
+        temperature:float|Tensor=2., # T of the divergence: a number, or one per position (...), whose T^2 is then its own
         alpha:float=.7, # share of the logits against the features
         divergence="forward_kl", # a name, or a function of (student_logits, teacher_logits, T) as in `distill_nb.divergences`
         ce:float=0., # weight of cross-entropy with the labels
@@ -70,6 +70,13 @@ class DistillationLoss(nn.Module):
         super().__init__()
         _named(divergence)
         self.temperature,self.alpha,self.divergence,self.ce = temperature,alpha,divergence,ce
+
+# %% ../nbs/02_loss.ipynb #5b2a61d5
+def _at_targets(T, mask, z):
+    "The temperatures of the target positions; a number stays one"
+    if not isinstance(T, Tensor): return T
+    if T.shape!=mask.shape: raise ValueError(f"temperature has shape {tuple(T.shape)}: pass a number, or one for each position, {tuple(mask.shape)}")
+    return T.detach().to(z.device, torch.promote_types(z.dtype, torch.float32))[mask.to(z.device)]
 
 # %% ../nbs/02_loss.ipynb #a02a110b
 @patch
@@ -88,7 +95,8 @@ def forward(self:DistillationLoss,
     f = _named(self.divergence)
     n,mean = None if f in _across else min(student_logits.shape[-1], teacher_logits.shape[-1]), lambda x: x.sum()/m.sum().clamp(min=1)
     z,zt = student_logits[m][:,:n], teacher_logits[m][:,:n].detach()
-    loss = self.temperature**2*mean(f(z, zt, self.temperature))
+    T = _at_targets(self.temperature, m, z)
+    loss = mean(T**2*f(z, zt, T))
     if student_hidden is not None: loss = self._mix(loss, mean(hidden_loss(student_hidden[m], teacher_hidden[m])))
     return loss + self.ce*mean(F.cross_entropy(_wide(z), labels[m], reduction='none')) if self.ce else loss
 
@@ -115,39 +123,48 @@ def _bend_(z, scale, cap, slope):
     return z.mul_(cap)
 
 # %% ../nbs/02_loss.ipynb #efdf8b71
-def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
 def _times_(x, f): return x.mul_(f) if isinstance(f, Tensor) or f!=1 else x
 
 # %% ../nbs/02_loss.ipynb #115fa162
 def _top(z):
     "Where the largest logit of each row is"
-    blocks = z.unflatten(-1, (-1, math.gcd(z.shape[-1], 256)))
+    n = math.gcd(z.shape[-1], 256)
+    if n<16: return z.argmax(-1)
+    blocks = z.unflatten(-1, (-1, n))
     best = blocks.amax(-1).argmax(-1)
-    return best*blocks.shape[-1] + blocks[torch.arange(len(z), device=z.device),best].argmax(-1)
+    return best*n + blocks[torch.arange(len(z), device=z.device),best].argmax(-1)
 
 # %% ../nbs/02_loss.ipynb #dd7dbeab
-def _kl_(z, zt, t, T, terms=None):
-    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p where there are `terms` to write into"
-    agree,terms = _top(z)==_top(zt), zt if terms is None else terms
-    for x in (z,zt): torch.log_softmax(_times_(x, 1/T), -1, out=x)
-    _exp_(zt, t)
-    kl = torch.mul(zt.sub_(z), t, out=terms).sum(-1)
-    if kl.isfinite().all(): return kl, agree
-    zt.nan_to_num_(0., torch.inf, -torch.inf)
-    return terms.masked_fill_(t<2e-38, 0.).sum(-1), agree
+def _softmax_(z, out, i):
+    "Probabilities of rows of logits, written to `out`; the largest logit of each row, which is at `i`, and its log-probability: the logsumexp is their difference"
+    top = z.gather(-1, i[:,None])[:,0]
+    torch.softmax(z, -1, out=out)
+    return top, out.gather(-1, i[:,None])[:,0].log()
+
+# %% ../nbs/02_loss.ipynb #dca1a76f
+def _forward_kl_(z, zt, t, T):
+    "Per-token KL and top-1 agreement; leaves `z` and `t` the probabilities of student and teacher"
+    i,j = _top(z),_top(zt)
+    for x in (z,zt): _times_(x, 1/T)
+    top_t,log_t = _softmax_(zt, t, j)
+    d = zt.sub_(z)
+    top,log_p = _softmax_(z, z, i)
+    kl = d.mul_(t).sum(-1)
+    if not kl.isfinite().all(): kl = d.nan_to_num_(0., torch.inf, -torch.inf).masked_fill_(t<2e-38, 0.).sum(-1)
+    return kl + (top - top_t) - (log_p - log_t), i==j
 
 # %% ../nbs/02_loss.ipynb #1340087c
-def _ce_(log_p, q, labels, T):
-    "Per-token cross-entropy at T=1; leaves `q` the student's log-probabilities at T=1"
-    torch.log_softmax(torch.mul(log_p, T, out=q), -1, out=q)
-    return -q.gather(-1, labels[:,None])[:,0]
+def _ce_(z, q, labels):
+    "Per-token cross-entropy at T=1; leaves `q` the student's probabilities at T=1"
+    top,log_q = _softmax_(z, q, _top(z))
+    return (top - z.gather(-1, labels[:,None])[:,0]) - log_q
 
 # %% ../nbs/02_loss.ipynb #ee1372b4
 def _grad_(d, q, labels, T, kl, ce):
     "Overwrite `d`, which is p - t, with the gradient of `kl`*T^2*KL + `ce`*CE with respect to the logits"
     dz = _times_(d, kl*T)
     if not ce: return dz
-    dz.add_(q.exp_(), alpha=ce)
+    dz.add_(q, alpha=ce)
     return dz.scatter_add_(-1, labels[:,None], dz.new_full((len(dz),1), -ce))
 
 # %% ../nbs/02_loss.ipynb #95426d16
@@ -175,7 +192,7 @@ class _Dense(NamedTuple):
         return 2 if self.kernel is None else 3
 
     def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left as log p
+        z:Tensor, # (C, V), the student's logits; left as p, or as log p for a kernel
         r:slice, # which rows of the target
         T:float|Tensor, # temperature, or a column (C, 1) of them
         low:Tensor, # (C, V) or None, for products in fewer bits
@@ -184,18 +201,21 @@ class _Dense(NamedTuple):
         *spare:Tensor, # (C, V), scratch of a kernel
     )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
         "Divergence of a chunk, in place"
-        kl,agree = _kl_(z, self.fill(r, zt, low), t, T, *spare)
-        if self.kernel is None: return kl, kl, agree, t
+        zt = self.fill(r, zt, low)
+        if self.kernel is None:
+            kl,agree = _forward_kl_(z, zt, t, T)
+            return kl, kl, agree, t
+        kl,agree = _kl_(z, zt, t, T, *spare)
         d,w,p = self.kernel(zt, z, t, *spare)
         return d, kl, agree, p.mul_(-w.sum(-1, keepdim=True)).add_(w)
 
     def diff_(self,
-        log_p:Tensor, # (C, V), as `kl_` left it; overwritten
+        p:Tensor, # (C, V), as `kl_` left it; overwritten
         r:slice, # which rows of the target
-        state:Tensor, # third result of `kl_`
+        state:Tensor, # fourth result of `kl_`
     )->Tensor: # (C, V), p - t in the same storage, or what a kernel has made already
         "Gradient of a chunk, times T, in place"
-        return _exp_(log_p, log_p).sub_(state) if self.kernel is None else state
+        return p.sub_(state) if self.kernel is None else state
 
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
@@ -218,6 +238,20 @@ def _from_logits(zt):
     "A target from stored logits"
     zt = zt.detach()
     return _Dense(*zt.shape, lambda r, out, low: out.copy_(zt[r,:out.shape[-1]]))
+
+# %% ../nbs/02_loss.ipynb #45ee956f
+def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
+
+# %% ../nbs/02_loss.ipynb #d9b441ed
+def _kl_(z, zt, t, T, terms):
+    "Per-token KL and top-1 agreement; leaves `z` log p, `t` the teacher's probabilities, `zt` log t - log p"
+    agree = _top(z)==_top(zt)
+    for x in (z,zt): torch.log_softmax(_times_(x, 1/T), -1, out=x)
+    _exp_(zt, t)
+    kl = torch.mul(zt.sub_(z), t, out=terms).sum(-1)
+    if kl.isfinite().all(): return kl, agree
+    zt.nan_to_num_(0., torch.inf, -torch.inf)
+    return terms.masked_fill_(t<2e-38, 0.).sum(-1), agree
 
 # %% ../nbs/02_loss.ipynb #a51c0002
 def _reverse_(delta, log_p, t, spare):
@@ -268,18 +302,18 @@ class _LinearDivergence(torch.autograd.Function):
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
         x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
         dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
-        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype] + [acc]*max(target.buffers, ce!=0)
+        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype, acc if ce else None] + [acc]*target.buffers
         bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for i in range(0, N, chunk):
             r = slice(i, min(i+chunk, N))
-            t,(z,slope,low,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
+            t,(z,slope,low,q,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
             _project(x[r], w, b_, low, z)
             _bend_(z if u is None else z.addmm_(u[r], B_.T), *bend, slope)
-            ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more[:target.buffers])
-            if ce: nll[r] = _ce_(z, more[0], labels[r], t)
+            if ce: nll[r] = _ce_(z, q, labels[r])
+            ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more)
             if not any(o is not None for o in grads): continue
-            dz = _grad_(target.diff_(z, r, state), *((more[0],labels[r]) if ce else (None,None)), t, kl, ce)
+            dz = _grad_(target.diff_(z, r, state), q, labels[r] if ce else None, t, kl, ce)
             _unbend_(dz, bend[0], slope)
             if u is not None: _add_grads(dz, None, u[r], B_, None if du is None else du[r], dB, None)
             _add_grads(dz, low, x[r], w, None if dh is None else dh[r], dW, db)
@@ -303,13 +337,20 @@ class LinearDivergence(NamedTuple):
     agree:Tensor # (N,), whether both prefer the same token
     ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats; zeros where it has no weight
 
+# %% ../nbs/02_loss.ipynb #c9b38b53
+def _check_ids(ids, n):
+    "Refuse ids that are not among the `n` of both models"
+    low,high = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0,0)
+    if low<0: raise ValueError(f"id {low} is not a word: -100 marks what is not a target. Pass target positions only: with m = labels!=-100, labels[m] and the same rows of both models")
+    if high>=n: raise ValueError(f"id {high}, but student and teacher share only {n} ids: they must have one tokenizer")
+
 # %% ../nbs/02_loss.ipynb #455a62e4
 def linear_divergence(
     student_hidden:Tensor, # (N, d_S), target positions only
     student_head, # has .weight (V_S, d_S) and .bias (V_S,) or None; perhaps .scale and .softcap, as an `OutputHead`
     target, # constants: (teacher_hidden (N, d_T), teacher_head), logits (N, V_T), or a `TopK` or `Sampled` of `distill_nb.divergences`
     temperature:float|Tensor=1., # T of the divergence: a number, or one per token (N,)
-    labels:Tensor=None, # (N,), the ids predicted
+    labels:Tensor=None, # (N,), the ids predicted; no -100, since every row is a target
     kl:float=1., # weight of T^2 D
     ce:float=0., # weight of cross-entropy
     chunk:int=256, # C: rows whose logits exist at one time
@@ -324,6 +365,8 @@ def linear_divergence(
     target = _as_target(target, divergence, T, len(W), teacher_dtype or dtype)
     if target.rows!=len(h): raise ValueError(f"{len(h)} student rows, {target.rows} teacher rows: pass the same target positions of both")
     if ce and labels is None: raise ValueError("ce is not 0: pass labels too")
+    if ce and labels.shape!=(len(h),): raise ValueError(f"labels have shape {tuple(labels.shape)}: pass one for each of the {len(h)} tokens")
+    if ce: _check_ids(labels, min(len(W), target.vocab))
     if isinstance(T, Tensor): T = T.detach().to(h.device, torch.promote_types(dtype, torch.float32))[:,None]
     args = h, W, student_head.bias, *_adapter(h, getattr(student_head, 'lora', None)), target, labels, T, kl, ce, _bend(student_head), chunk, dtype
     with torch.autocast(dev, enabled=False): loss,kls,agree,nll = _LinearDivergence.apply(*args, torch.is_grad_enabled())
@@ -348,6 +391,13 @@ def _lora(m):
         raise ValueError("the output head has an adapter that is more than one LoRA without dropout: leave 'lm_head' out of the adapter's target_modules")
     return m.base_layer, (m.lora_A[k].weight,m.lora_B[k].weight,m.scaling[k])
 
+# %% ../nbs/02_loss.ipynb #68c2fc76
+def _logits(h, head):
+    "Logits of hidden states by a head, with its adapter, scale and cap, in at least fp32"
+    u,B = _adapter(h, getattr(head, 'lora', None))
+    z = F.linear(h, head.weight, head.bias) + (0 if u is None else F.linear(u, B.to(u.dtype)))
+    return _bend_(_wide(z), *_bend(head), None)
+
 # %% ../nbs/02_loss.ipynb #43fedbbd
 @torch.no_grad()
 def output_head(
@@ -361,8 +411,6 @@ def output_head(
     hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try: want = model(input_ids=torch.arange(3, device=base.weight.device)[None]).logits.float()
     finally: hook.remove()
-    u,B = _adapter(seen[0], lora)
-    z = F.linear(seen[0], base.weight, base.bias) + (0 if u is None else F.linear(u, B.to(u.dtype)))
-    off = (_bend_(z.float(), *_bend(head), None) - want).abs().max()/want.abs().max()
+    off = (_logits(seen[0], head) - want).abs().max()/want.abs().max()
     if off>.02: raise ValueError(f"the head does not reproduce the model's logits ({off:.0%} off): the model does something to them that is not known here. Use DistillationLoss on its logits")
     return head

@@ -7,9 +7,10 @@ Docs: https://example.org/distill_nb/plan.html.md"""
 # %% auto #0
 __all__ = ['FIELDS', 'SHAPES', 'EYES', 'BYTES', 'SPEEDS', 'SHARE', 'IMAGE_TOKENS', 'COMMANDS', 'EPILOG', 'ARGS', 'short_name',
            'local_config', 'shape', 'empty_model', 'eyes', 'head_width', 'kept_numbers', 'Sizes', 'student_sizes',
-           'activations', 'student_memory', 'teacher_memory', 'token_bytes', 'train_flops', 'projection_cost',
-           'asked_again', 'seconds', 'Plan', 'types', 'disk_space', 'served', 'make_plan', 'fits', 'reference', 'init',
-           'compare_reports', 'parser', 'command', 'work', 'obstacles', 'both', 'verify', 'look', 'main']
+           'activations', 'moments', 'student_memory', 'teacher_memory', 'token_bytes', 'train_flops',
+           'projection_cost', 'asked_again', 'seconds', 'Plan', 'types', 'inner_bytes', 'disk_space', 'served',
+           'make_plan', 'fits', 'reference', 'init', 'compare_reports', 'parser', 'command', 'work', 'obstacles',
+           'both', 'verify', 'look', 'main']
 
 # %% ../nbs/06a_plan.ipynb #2d725e53
 import argparse, inspect, json, math, re, sys
@@ -22,10 +23,12 @@ import torch, yaml
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from .cache import CacheError, TeacherCache, claim, load_manifest, repair_cache
-from .config import Config, preset, stage_list, tables, tasks, total_steps
+from .cache import TeacherCache, load_manifest, repair_cache
+from .files import CacheError, claim
+from .config import Config, n_matched, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
-from .recipes import Run, caches, check_models, codec, judge_model, precision, run
+from .pipeline import Run, caches, check_models, codec, optimizer, precision, watchers
+from .recipes import judge_model, run
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
 from .vision import images_of, words
@@ -131,6 +134,12 @@ def activations(c:PretrainedConfig, # Shape of the student
     block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*f+length)
     return n_tokens*(4*d*n+block if checkpointing else block*n)
 
+# %% ../nbs/06a_plan.ipynb #26bb9855
+def moments(config:Config, # What is planned
+)->int: # Bytes
+    "What Adam remembers of a weight: two numbers"
+    return 2 if config.training.optimizer.type=='adamw8bit' else 8
+
 # %% ../nbs/06a_plan.ipynb #b88a0683
 def student_memory(config:Config, # What is planned
     length:int, # Tokens of the longest sequence
@@ -140,8 +149,10 @@ def student_memory(config:Config, # What is planned
     s,t,m = student_sizes(config),shape(config.teacher.model_id),config.training.memory
     n,V = m.batch_size*length,s.config.vocab_size
     acts = activations(s.config, n, length, s.config.num_hidden_layers-s.lowest, 2 if bf16 else 4, m.activation_checkpointing)
+    if config.student.attention and config.student.attention.maps:
+        acts += n*length*s.config.num_attention_heads*(6 if bf16 else 4)*(1 if m.activation_checkpointing else s.config.num_hidden_layers-s.lowest)
     forward,grads = acts+min(256, n)*V*(14 if bf16 else 12),4*s.trains
-    return dict(weights=4*s.total, weights_in_bf16=2*s.total*bf16, adam=8*s.trains, teacher_head=t.vocab_size*t.hidden_size*(4+2*bf16),
+    return dict(weights=4*s.total, weights_in_bf16=2*s.total*bf16, adam=moments(config)*s.trains, teacher_head=t.vocab_size*t.hidden_size*(4+2*bf16),
         activations_or_gradients=forward+grads if m.gradient_accumulation>1 else max(forward, grads))
 
 # %% ../nbs/06a_plan.ipynb #d57dab23
@@ -187,7 +198,7 @@ def projection_cost(config:Config, # With a projection
 )->float: # Share of the rest of training, in operations
     "What matching hidden states adds"
     p = config.student.projection
-    return 6*p.n_layers*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
+    return 6*n_matched(p)*p.teacher_dim*p.student_dim/train_flops(config, 1, 1) if p else 0.
 
 # %% ../nbs/06a_plan.ipynb #34073fbe
 def asked_again(config:Config, # What is planned
@@ -240,6 +251,16 @@ def types(config:Config, # What is planned
     d,p = config.teacher.dtype,config.training.memory.mixed_precision
     return (4 if d=='float32' or d=='auto' and device=='cpu' else 2),p in ('bf16', 'fp16', 'fp8') or p=='auto' and device=='gpu'
 
+# %% ../nbs/06a_plan.ipynb #cca9ea91
+def inner_bytes(config:Config, # What is planned
+    prompt:float, # Mean tokens of a prompt
+)->float: # Bytes of a response token in the cache
+    "Extras of the cache for `student.attention`"
+    t,a = shape(config.teacher.model_id),config.student.attention
+    if not a: return 0
+    qkv = t.num_attention_heads*head_width(t)+kept_numbers(t)//t.num_hidden_layers
+    return 2*(qkv*(a.n_heads>0)+a.maps*(prompt+config.teacher.synthesis.max_new_tokens/2))
+
 # %% ../nbs/06a_plan.ipynb #611fd0b8
 def disk_space(config:Config, # What is planned
     n:int, # Prompts
@@ -249,12 +270,12 @@ def disk_space(config:Config, # What is planned
 )->dict[str, int]: # Bytes: `cache`, `output`
     "What a run writes"
     s,t,p = student_sizes(config),shape(config.teacher.model_id),config.student
-    new,more = config.teacher.synthesis.max_new_tokens,sum(o.n_layers for o in (p.projection, p.relations) if o)
+    new,more = config.teacher.synthesis.max_new_tokens,n_matched(p.projection)+n_matched(p.relations)
     own,kinds,ids,head = asked_again(config, n-judged),[o.kind for o in stage_list(config)],4*(prompt+new),width*t.vocab_size*t.hidden_size
     one,d,e = new*token_bytes(config),t.hidden_size,s.config.hidden_size
-    cache = (n-judged)*(one+new*2*d*more+ids) + judged*(new*2*d+ids) + head*(1+(judged>0))
+    cache = (n-judged)*(one+new*2*d*more+new*inner_bytes(config, prompt)+ids) + judged*(new*2*d+ids) + head*(1+(judged>0))
     stages = own['self']*(new*2*e+ids) + kinds.count('self')*4*s.config.vocab_size*e + own['on_policy']*(one+ids) + kinds.count('on_policy')*head
-    kept = 12*s.trains*len(tasks(config))*(1+2*(len(kinds)+(config.training.control_steps>0)))*(1+(config.training.ema>0)/3)
+    kept = (4+moments(config))*s.trains*len(tasks(config))*(1+2*(len(kinds)+(config.training.control_steps>0)))*(1+(config.training.ema>0)/3)
     return dict(cache=round(cache), output=round(4*s.total*(3 if p.prune else 1) + kept + stages))
 
 # %% ../nbs/06a_plan.ipynb #c7965695
@@ -280,12 +301,12 @@ def make_plan(config:Config, # What is planned
     prompts = [30+len(words(r['prompt']))/4+IMAGE_TOKENS*len(images_of(r['prompt'])) for r in sum(folders, [])]
     n,mean,length = len(prompts),sum(prompts)/len(prompts),round(max(prompts))+config.teacher.synthesis.max_new_tokens
     on,off,s = teacher_memory(config, length, width),student_memory(config, length, bf16),student_sizes(config)
-    host = dict(teacher=on['weights'], student=4*s.total+12*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
+    host = dict(teacher=on['weights'], student=4*s.total+(4+moments(config))*s.trains) if device=='gpu' else dict(teacher=sum(on.values()), student=sum(off.values()))
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     times = seconds(config, n, mean, *speed, width)
     if not config.teacher.present: on,host['teacher'],disk['cache'],times['teacher'] = {},0,0,0.
-    return Plan(on, off, host, disk, times, served(config),
-        dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1], projection=projection_cost(config)))
+    more = dict(projection=projection_cost(config), spread=bool(config.teacher.device_map))
+    return Plan(on, off, host, disk, times, served(config), dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]) | more)
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
@@ -309,6 +330,7 @@ def __str__(self:Plan):
         n = sum(parts.values())
         res += [f'\nWhile the {name} {does}: {gb(n)} on the device ({fits(n)}), {gb(self.host[name])} of host memory, about {_time(self.seconds[name])}']
         res += [f"  {k.replace('_', ' '):26} {gb(v):>9}" for k,v in parts.items() if v]
+    if s.get('spread'): res.append('  The teacher is spread: what the device has no room for is in host memory or on the disk, and takes longer than this')
     if s['projection']: res.append(f"  Matching hidden states adds {s['projection']:.2%} to the operations of training")
     return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
@@ -381,6 +403,7 @@ EPILOG = '''a first run:
 
 any student:
   distill eval STUDENT --against TEACHER    two folders, or hub ids, of one tokenizer
+  distill eval STUDENT --against TEACHER --benchmarks mmlu,gsm8k --own-text 50 --speed 5
 
 presets: '''
 
@@ -403,7 +426,11 @@ ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student
     eval=[('path', dict(help='YAML file of a run; with --against a student, a folder or hub id')),
         ('--against', dict(metavar='TEACHER', help="folder, hub id, or 'embedded'")), ('--before', dict(metavar='STUDENT', help='the student before it was distilled, for the share of the gap that was closed')),
         ('--prompts', dict(metavar='FILE', help="JSONL of prompts with a split each (default: the package's own)")),
-        ('--tokens', dict(type=int, metavar='N', help='longest response of the teacher (default: 128)')), ('--out', dict(help='folder for cache and report (default: judged)'))])
+        ('--tokens', dict(type=int, metavar='N', help='longest response of the teacher (default: 128)')), ('--out', dict(help='folder for cache and report (default: judged)')),
+        ('--benchmarks', dict(nargs='?', const='reasoning', metavar='NAMES', help='benchmarks by name, with commas between (without a name: reasoning, generated puzzles)')),
+        ('--limit', dict(type=int, metavar='N', help='questions of each benchmark (default: 100)')),
+        ('--own-text', dict(type=int, metavar='N', help='prompts that student and teacher answer for a KL on their own text')),
+        ('--speed', dict(type=int, metavar='N', help='prompts that student and teacher answer by the clock'))])
 
 # %% ../nbs/06a_plan.ipynb #d4670f58
 def parser()->argparse.ArgumentParser: # Of the `distill` command
@@ -436,9 +463,10 @@ def work(a:argparse.Namespace, # From `parser`
 )->tuple[Report|None, str]: # Report where one was made, and the folder of it all
     "Do a command that asks or trains a model"
     if a.command=='eval':
-        given = {k: v for k in ('before', 'prompts', 'tokens', 'out') if (v := getattr(a, k)) is not None}
+        given = {k: v for k in ('before', 'prompts', 'tokens', 'out', 'benchmarks', 'limit', 'own_text', 'speed') if (v := getattr(a, k)) is not None}
+        if a.benchmarks: given['benchmarks'] = a.benchmarks.split(',')
         if a.against: return judge_model(a.path, a.against, **given),a.out or 'judged'
-        if given: raise ValueError(f'--{next(iter(given))} is for a student without a YAML file: say its teacher too, with --against')
+        if given: raise ValueError(f'--{next(iter(given)).replace("_", "-")} is for a student without a YAML file: say its teacher too, with --against')
         if not Path(a.path).is_file(): raise ValueError(f"{a.path}: no YAML file; to judge a student in a folder or on the hub, add --against and its teacher, or 'embedded'")
     config = preset('demo') if a.command=='demo' else Config.from_yaml(a.path)
     if a.command=='demo': config.out,config.teacher.cache_dir = a.out,f'{a.out}/cache'
@@ -449,7 +477,8 @@ def obstacles(config:Config, # What is planned
 )->list[str]: # Empty if it can start
     "What would stop a run on this machine"
     res = []
-    checks = [lambda: precision(config.training.memory.mixed_precision, torch.float32), lambda: check_models(config)]
+    checks = [lambda: precision(config.training.memory.mixed_precision, torch.float32), lambda: check_models(config), lambda: watchers(config.training.watch),
+        lambda: optimizer(config.training.optimizer.type)]
     if not config.teacher.present: checks += [partial(TeacherCache, p) for p in caches(config)]
     for check in checks:
         try: check()
@@ -471,7 +500,7 @@ def verify(path:str, # Folder of a cache
         for p in both(path):
             load_manifest(p)
             with claim(p): pass
-    teacher = Run(c).load_teacher() if c else None
+    teacher = Run(c).cache_teacher() if c else None
     given = {Path(k).name=='judged': v for k,v in caches(c).items()} if c else {}
     for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else TeacherCache(p, partial=True).verify()
     print('\n'.join(bad) or f'{path}: whole')

@@ -79,7 +79,7 @@ def capture_qkv(
 def uld(
     student_logits:Tensor, # (..., V_S), raw
     teacher_logits:Tensor, # (..., V_T), raw, of any other vocabulary
-    temperature:float=1., # T: divides both
+    temperature:float|Tensor=1., # T: divides both; a number, or one per token (...)
 )->Tensor: # (...), from 0 to 2 per token
     "Distance of the sorted probabilities of two vocabularies (ULD, section 3.2)"
     p,t = (_log_p(z, temperature).exp().sort(-1, descending=True).values for z in (student_logits,teacher_logits.detach()))

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import Question, last_number, tally
-from .cache import replace_file
+from .files import replace_file
 from .eval import SPEED, _md, eval_mode, speed_rows
 from .export import EXTRA, allowed, compare_logits, continue_greedily, judge
 from .student import HARD

@@ -15,10 +15,13 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache import TeacherCache, build_cache, score_rows, sha256_json
+from .cache import TeacherCache, build_cache
+from .files import sha256_json
+from .shards import score_rows
 from .loss import DistillationLoss, LinearDivergence, linear_divergence
 from .synthesis import Head, TeacherSynthesizer
-from .trainer import Distiller, teacher_target, to_device
+from .distiller import Distiller, teacher_target
+from .trainer import to_device
 
 # %% ../nbs/03a_stages.ipynb #6ca80232
 class Reader(TeacherSynthesizer):

@@ -375,7 +375,7 @@ class Unfreeze:
         at = [f for f,_ in self.plan]
         if not at or at[0]!=0 or at!=sorted(at) or at[-1]>=1: raise ValueError(f'unfreezing at fractions {at}: give rising fractions from 0 to below 1, the first 0')
         for _,n in self.plan:
-            if n!='all' and not (isinstance(n, int) and n>0): raise ValueError(f"{n!r} top blocks to train: use a whole number from 1, or 'all'")
+            if n!='all' and not (isinstance(n, int) and n>=0): raise ValueError(f"{n!r} top blocks to train: use a whole number from 0, or 'all'")
 
 # %% ../nbs/01a_student.ipynb #3f2414df
 @patch
@@ -387,6 +387,7 @@ def names(self:Unfreeze,
     n = [n for f,n in self.plan if f<=fraction][-1]
     name,blocks = decoder_layers(student)
     if n=='all': return {k for k,_ in student.named_parameters()}
+    if not n: return set()
     frozen = {id(p) for m in (student.get_input_embeddings(), *blocks[:max(0, len(blocks)-n)]) for p in m.parameters()}
     return {k for k,p in student.named_parameters() if id(p) not in frozen}
 

@@ -9,7 +9,7 @@ __all__ = ['StudentSpace', 'student_space', 'space_divergence']
 
 # %% ../nbs/02c_student_space.ipynb #46610465
 import torch
-from .loss import LinearDivergence, _bend, _log_p, _wide, linear_divergence
+from .loss import LinearDivergence, _bend, _log_p, _softmax_, _times_, _top, _wide, linear_divergence
 from fastcore.basics import patch
 from torch import Tensor
 from typing import NamedTuple
@@ -53,26 +53,25 @@ class _Lse(NamedTuple):
         "It serves all"
 
     def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left as log p
+        z:Tensor, # (C, V), the student's logits; left as p
         r:slice, # Which rows of the target
         T:float, # Temperature
         low:Tensor=None, # Unused: there is no product to make
     )->tuple: # logsumexp (C,), twice, and top-1 agreement (C,); nothing for `diff_`
         "Logsumexp of a chunk, in place"
-        j = z.argmax(-1, keepdim=True)
-        top = z.div_(T).gather(-1, j)
-        lse = (top - torch.log_softmax(z, -1, out=z).gather(-1, j))[:,0]
-        return lse, lse, j[:,0]==self.top[r], None
+        i = _top(z)
+        top,log_p = _softmax_(_times_(z, 1/T), z, i)
+        return top - log_p, top - log_p, i==self.top[r], None
 
 # %% ../nbs/02c_student_space.ipynb #61dec3a2
 @patch
 def diff_(self:_Lse, # Target
-    log_p:Tensor, # (C, V), as `kl_` left it
+    p:Tensor, # (C, V), as `kl_` left it
     r:slice, # Which rows of the target
     state, # Unused
 )->Tensor: # (C, V), same storage
     "Gradient of a chunk, times T, in place"
-    return log_p.exp_()
+    return p
 
 @patch(as_prop=True)
 def rows(self:_Lse):

@@ -415,7 +415,7 @@ def check_writer(model:PreTrainedModel, # A causal language model
     "ValueError where `model` keeps more of the past than keys and values"
     odd = set(getattr(model.config.get_text_config(), 'layer_types', None) or [])-{'full_attention', 'sliding_attention'}
     if odd or model._is_stateful: raise ValueError(f"a {model.config.model_type} keeps a running state ({', '.join(sorted(odd)) or 'recurrent'}) and cannot write here: "
-        'let a server write (`ask_server` of chapter 00d), and give the responses')
+        'let a server write (`ask_server` of chapter 00f), and give the responses')
 
 # %% ../nbs/00_synthesis.ipynb #eae33fd6
 @patch

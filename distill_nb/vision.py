@@ -19,12 +19,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .cache import CacheError, TeacherCache, canonical, load_manifest
+from .cache import TeacherCache, load_manifest
+from .files import CacheError, canonical
 from .loss import DistillationLoss
 from .relations import relation_loss
 from .student import merge_lora
 from .synthesis import TeacherSynthesizer, blank, sha256_file
-from .trainer import Distiller
+from .distiller import Distiller
 
 # %% ../nbs/03b_vision.ipynb #ef2df679
 def image_part(path:str|Path, # File of a picture

@@ -4,26 +4,26 @@
 |---|---|
 | 1. kill -9 at random points, inside write, fsync and rename | `test_killed_at_any_point_and_resumed` |
 | 2. SIGTERM or keyboard interrupt | `test_interrupted_in_the_middle_of_a_shard`, `test_terminated` |
-| 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Files |
+| 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Tensors |
 | 4. a bit flipped in a shard | `test_a_flipped_bit_in_a_shard_is_found_before_its_rows` |
 | 5. a bit flipped in a sidecar or the manifest | `test_a_flipped_bit_in_json_names_the_file` |
-| 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00c, Interrupted |
-| 7. disk full | `test_disk_full`, `test_a_disk_that_is_really_full`; the estimate: chapter 00c |
+| 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00e, Interrupted |
+| 7. disk full | `test_disk_full`, `test_a_disk_that_is_really_full`; the estimate: chapter 00e |
 | 8. read-only folder | `test_read_only_folder` |
 | 9. two writers | `test_second_writer_and_dead_writer`; several processes of one job: `test_two_processes_make_the_same_cache` and the two after it |
 | 10. wrong tokenizer | `test_wrong_tokenizer` |
 | 11. wrong teacher | `test_wrong_teacher_lists_the_keys` |
-| 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00c |
+| 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00e |
 | 13. NaN from the teacher | `test_nan_names_the_prompt`, `test_nan_skipped_and_recorded` |
-| 14. values beyond fp16 | chapter 00c, What is stored (`_codes`) |
-| 16. empty prompt | chapters 00 and 00c (`encode`, `as_rows`) |
-| 17. prompt longer than the context | chapters 00 and 00c (`generate`, `fitting`) |
-| 18. pad == eos | `test_learns_to_stop`; labels: chapter 00c, Reading |
+| 14. values beyond fp16 | chapter 00d (`_codes`) |
+| 16. empty prompt | chapters 00 and 00d (`encode`, `as_rows`) |
+| 17. prompt longer than the context | chapters 00 and 00d (`generate`, `fitting`) |
+| 18. pad == eos | `test_learns_to_stop`; labels: chapter 00e, Reading |
 | 20. token id outside the vocabulary | `test_shard_that_does_not_fit_is_refused` |
-| 21. older and newer schema | chapter 00c, manifest and repair |
+| 21. older and newer schema | chapter 00e, manifest and repair |
 | 22. a pickle in place of a shard, codec or model | `test_pickle_never_runs` |
-| 23. names and links that lead elsewhere | `test_links_out_of_the_folder`; names: chapter 00c, manifest |
-| 29. attention maps on fast attention | chapters 00 (`inside`) and 00c, Reading (`build_cache`) |
+| 23. names and links that lead elsewhere | `test_links_out_of_the_folder`; names: chapter 00e, manifest |
+| 29. attention maps on fast attention | chapters 00 (`inside`) and 00e, Reading (`build_cache`) |
 | 30. teacher not frozen or shared | `test_teacher_is_the_same_after_training`; refused: chapter 01a (`check_pair`) |
 | 32. no network | `test_no_network`; chapter 00 |
 | 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
@@ -38,8 +38,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import distill_nb.cache as dc
-from distill_nb.cache import CacheError, TeacherCache, build_cache, load_json, repair_cache, save_json, save_tensors, shard_path
+import distill_nb.cache as dc, distill_nb.files as df
+from distill_nb.cache import TeacherCache, build_cache, repair_cache, shard_path
+from distill_nb.files import CacheError, load_json, save_json, save_tensors
 from distill_nb.synthesis import TeacherSynthesizer, sha256_file, weights_sha256
 
 torch.set_num_threads(1)
@@ -126,7 +127,7 @@ class Reaper:
             f(t, p)
             os.truncate(p, p.stat().st_size//2)
         Path.write_bytes = self.wrap(Path.write_bytes, 'write', half_file)
-        dc.save_file = self.wrap(dc.save_file, 'write', half_tensors)
+        df.save_file = self.wrap(df.save_file, 'write', half_tensors)
         os.fsync = self.wrap(os.fsync, 'fsync')
         os.replace = self.wrap(os.replace, 'rename')
 
@@ -153,13 +154,13 @@ def test_killed_at_any_point_and_resumed(teacher, whole, tmp_path):
     assert code==0 and kills>=20 and kinds==set(points), (code, kills, kinds)
 
 def test_interrupted_in_the_middle_of_a_shard(teacher, whole, tmp_path, monkeypatch):
-    n,write = [0],dc.save_file
+    n,write = [0],df.save_file
     def interrupted(t, p):
         n[0] += 1
         write(t, p)
         if n[0]==4: raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(dc, 'save_file', interrupted)
+        m.setattr(df, 'save_file', interrupted)
         build_cache(teacher, ROWS, tmp_path/'c', **KW)
     def stopped(*a, **k): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
@@ -229,15 +230,15 @@ def test_a_lost_file_is_made_again(teacher, whole, cut, name):
     assert tree(cut)==tree(whole)
     assert not TeacherCache(cut).verify()
 
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), dc.SafetensorError('I/O error: No space left on device (os error 28)')])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), df.SafetensorError('I/O error: No space left on device (os error 28)')])
 def test_disk_full(teacher, whole, tmp_path, monkeypatch, error):
-    n,write,d = [0],dc.save_file,tmp_path/'c'
+    n,write,d = [0],df.save_file,tmp_path/'c'
     def short(t, p):
         n[0] += 1
         write(t, p)
         if n[0]>3: raise error
     with monkeypatch.context() as m, pytest.raises(CacheError, match=r'shard-00002.safetensors: the disk is full: \d+ bytes needed, \d+ free'):
-        m.setattr(dc, 'save_file', short)
+        m.setattr(df, 'save_file', short)
         build_cache(teacher, ROWS, d, **KW)
     assert not list(d.glob('.*.tmp')) and not list(d.glob('shard-00002*'))
     c = TeacherCache(d, partial=True)

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_nb.divergences import Sampled, bucket_kl, jsd, sampled_ce, skew_kl, top_k, tvd
-from distill_nb.loss import OutputHead, forward_kl, linear_divergence, output_head, reverse_kl
-from distill_nb.relations import relation_loss
+from distill_nb.loss import DistillationLoss, OutputHead, forward_kl, linear_divergence, output_head, reverse_kl
+from distill_nb.relations import attention_loss, relation_loss, uld
+from distill_nb.student_space import space_divergence, student_space
 
 fast = settings(max_examples=30, deadline=None)
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 33), st.integers(0, 999), st.floats(.25, 8.))
@@ -108,6 +109,93 @@ def test_relations_are_blind_to_rotations_and_see_no_padding(B, L, R, s, t, seed
     assert torch.allclose(relation_loss((a.view(B, L, R, s)@turn).flatten(2), b, R, mask), got, atol=1e-9)
     assert torch.allclose(relation_loss(a.where(mask[...,None], 7.), b, R, mask), got, atol=1e-9)
     assert torch.allclose(relation_loss(b, b, R, mask), torch.zeros(B, L, dtype=torch.float64), atol=1e-12)
+
+@fast
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 999))
+def test_relations_are_those_of_a_loop_over_texts_and_heads(B, L, R, s, t, seed):
+    g = torch.Generator().manual_seed(seed)
+    a,b = (torch.randn(B, L, R*d, generator=g, dtype=torch.float64) for d in (s, t))
+    a.requires_grad_()
+    mask = torch.rand(B, L, generator=g)<.7
+    mask[:,0] = True
+    def table(x, i, r, d): return (x := x[i][mask[i]][:,r*d:(r+1)*d])@x.T/d**.5
+    def row(i): return sum(F.kl_div(table(a, i, r, s).log_softmax(-1), table(b, i, r, t).softmax(-1), reduction='none').sum(-1) for r in range(R))/R
+    same(relation_loss(a, b, R, mask).sum(), sum(row(i).sum() for i in range(B)), (a,))
+
+@fast
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+def test_attention_is_compared_row_by_row_in_the_mean_over_heads(B, L, heads_s, heads_t, seed):
+    g = torch.Generator().manual_seed(seed)
+    above = torch.ones(L, L, dtype=torch.bool).triu(1)
+    a,b = (torch.randn(B, h, L, L, generator=g, dtype=torch.float64) for h in (heads_s, heads_t))
+    a.requires_grad_()
+    p,again,t = (o.masked_fill(above, -torch.inf).softmax(-1) for o in (a,a,b))
+    got = attention_loss(again, t)
+    assert got.shape==(B, L) and (got>-1e-12).all() and got[:,0].abs().max()<1e-12
+    want = sum((t[i,:,j,:j+1].mean(0)*(t[i,:,j,:j+1].mean(0)/p[i,:,j,:j+1].mean(0)).log()).sum() for i in range(B) for j in range(L))
+    same(got.sum(), want, (a,))
+    for o in (attention_loss(p.flip(1), t), attention_loss(p.mean(1), t), attention_loss(p, t.mean(1))): assert torch.allclose(o, got, atol=1e-12)
+    assert torch.allclose(attention_loss(t.roll(1, 1), t), torch.zeros(B, L, dtype=torch.float64), atol=1e-12)
+
+@fast
+@given(shapes, st.integers(-8, 8), st.booleans())
+def test_uld_compares_shapes_and_no_words(s, more, per_token):
+    n,v,seed,T = s
+    (z,_),(zt,_) = pair(n, v, seed),pair(n, max(1, v+more), seed+1)
+    z.requires_grad_()
+    g = torch.Generator().manual_seed(seed)
+    if per_token: T = T*(.5 + torch.rand(n, generator=g, dtype=torch.float64))
+    got,col = uld(z, zt, T),T[:,None] if per_token else T
+    (p,i),t = (z/col).softmax(-1).sort(-1),(zt/col).softmax(-1).sort(-1)[0]
+    m = max(v, zt.shape[-1])
+    gap = F.pad(p, (m-v, 0)) - F.pad(t, (m-zt.shape[-1], 0))
+    assert got.shape==(n,) and torch.allclose(got, gap.abs().sum(-1), atol=1e-12) and (got<=2+1e-12).all()
+    sign = torch.empty_like(p).scatter(-1, i, gap[:,m-v:].sign())
+    p = (z/col).softmax(-1)
+    assert torch.allclose(torch.autograd.grad(got.sum(), z)[0], p*(sign - (p*sign).sum(-1, keepdim=True))/col, atol=1e-9)
+    assert torch.allclose(uld(z[:,torch.randperm(v, generator=g)] + 3., zt - 5., T), got, atol=1e-9) and torch.allclose(uld(zt, z.detach(), T), got, atol=1e-12)
+    assert torch.allclose(uld(F.pad(zt, (0, 3), value=-torch.inf), zt, T), torch.zeros(n, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(DistillationLoss(T, divergence='uld')(z, zt), (T**2*got).mean(), atol=1e-9)
+
+@fast
+@given(shapes, st.integers(1, 12), st.integers(-1, 3), st.booleans(), st.floats(.25, 4.))
+def test_student_space_is_forward_kl_for_a_head_that_does_not_train(s, chunk, more, bias, scale):
+    n,v,seed,T = s
+    g = torch.Generator().manual_seed(seed)
+    h,W,hT,_ = heads_and_states(n, v, g)
+    head = OutputHead(W.detach(), torch.randn(len(W), generator=g, dtype=torch.float64) if bias else None, scale)
+    zt = hT@torch.randn(max(1, v+more), 5, generator=g, dtype=torch.float64).T
+    m = min(len(W), zt.shape[-1])
+    z,y = scale*F.linear(h, W.detach(), head.bias)[:,:m],torch.randint(m, (n,), generator=g)
+    target = student_space(zt, head, T)
+    assert target.mean.shape==h.shape and target.offset.shape==(n,) and target.vocab==m
+    got,kl = space_divergence(h, head, target, T, y, kl=.7, ce=.3, chunk=chunk),forward_kl(z, zt[:,:m], T)
+    assert torch.allclose(got.kl, kl, atol=1e-9) and torch.equal(got.agree, z.argmax(-1)==zt[:,:m].argmax(-1))
+    assert torch.allclose(got.ce, F.cross_entropy(z, y, reduction='none'), atol=1e-9)
+    same(got.loss, .7*T**2*kl.sum() + .3*F.cross_entropy(z, y, reduction='sum'), (h,))
+
+@fast
+@given(shapes, st.integers(1, 12), dials)
+def test_the_textbook_call_at_a_temperature_for_each_position_is_the_chunked_one(s, chunk, f):
+    "The one leaves out what is not a target, the other is not given it"
+    n,v,seed,T = s
+    g = torch.Generator().manual_seed(seed)
+    h,W,hT,WT = heads_and_states(2*n, v, g)
+    T = T*(.5 + torch.rand(2, n, generator=g, dtype=torch.float64))
+    y = torch.randint(v, (2, n), generator=g).masked_fill(torch.rand(2, n, generator=g)<.4, -100)
+    m = (y!=-100).flatten()
+    whole = DistillationLoss(T, divergence=f, ce=.3)((h@W.T).view(2, n, -1), (hT@WT.T).view(2, n, -1), labels=y)
+    part = linear_divergence(h[m], bare(W), (hT[m],bare(WT)), T.flatten()[m], y.flatten()[m], ce=.3, chunk=chunk, divergence=f)
+    same(whole, part.loss/max(1, m.sum()), (h, W))
+
+@fast
+@given(shapes, st.sampled_from((-100, -1, 0, 99)))
+def test_a_label_that_is_no_word_of_both_is_refused(s, more):
+    n,v,seed,T = s
+    h,W,hT,WT = heads_and_states(n, v, torch.Generator().manual_seed(seed))
+    y = torch.zeros(n, dtype=torch.int64)
+    y[seed%n] = more if more<0 else v+more
+    with pytest.raises(ValueError, match='one tokenizer' if more>=0 else 'Pass target positions only'): linear_divergence(h, bare(W), (hT,bare(WT)), T, y, ce=.3)
 
 # Finite differences, for every divergence and kind of target
 

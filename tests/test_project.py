@@ -12,8 +12,8 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'sparse', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'trainer', 'stages', 'vision', 'watch', 'eval', 'benchmarks',
-    'export', 'serving', 'winrate', 'config', 'recipes', 'plan']
+ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
+    'export', 'serving', 'winrate', 'config', 'pipeline', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 
@@ -49,6 +49,18 @@ def test_style_floors():
     assert lines[len(lines)//2]<=10 and lines[int(.9*len(lines))]<=20 and lines[-1]<=40, lines[-10:]
     assert total('words')/total('code_lines')>=2
     assert not any(total(k) for k in ('mixed_import', 'star', 'forward', 'bad_syntax'))
+
+SIGNATURE = re.compile(r'(\*{0,2}\w+(:.*|=.*)?,|\)(->.*)?:) # ') # an argument with its docment
+
+def test_no_six_lines_stand_twice():
+    seen,twice = {},[]
+    files = [p for d in ('distill_nb', 'tests', 'bench', 'tools') for p in sorted((ROOT/d).glob('*.py')) if p.name!='_modidx.py']
+    for p in files:
+        lines = [(i, s) for i,l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if (s := l.strip()) and s[0]!='#' and not SIGNATURE.match(s)]
+        for six in zip(*(lines[k:] for k in range(6))):
+            at = f'{p.name}:{six[0][0]}'
+            if (was := seen.setdefault(tuple(s for _,s in six), at))!=at: twice.append(f'{was} and {at}')
+    assert len(seen)>5000 and not twice, twice
 
 @pytest.mark.parametrize('p', NBS, ids=lambda p: p.stem)
 def test_chapter_has_its_parts(p):

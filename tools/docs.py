@@ -23,9 +23,9 @@ def plain(s):
     return re.sub(r'^:::.*$\n?', '', CALLOUT.sub(_callout, s), flags=re.M)
 
 def mathml(s, display='inline'):
-    "LaTeX `s` as MathML, with the thin space after a function's name that latex2mathml leaves out; a display scrolls in its own box"
+    "LaTeX `s` as MathML, with the thin space after a function's name that latex2mathml leaves out; in a span, or Markdown would take it for a block"
     res = re.sub(r'(<mi>(?:log|exp|ln)</mi>)(?=<m[in]|<msu|<mov|<mfr)', r'\1<mspace width="0.17em" />', convert(s, display=display))
-    return f'<span class="display">{res}</span>' if display=='block' else res
+    return f'<span class="display">{res}</span>' if display=='block' else f'<span>{res}</span>'
 
 def math(s):
     "`s` with its LaTeX as MathML, which browsers show without a script; code is left alone"
