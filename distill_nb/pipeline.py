@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/pipeline.html.md"""
 
 # %% auto #0
 __all__ = ['ALONE', 'SPLITS', 'ANSWER', 'model_path', 'model_config', 'model_tokenizer', 'precision', 'sees', 'check_images',
-           'check_attention_of', 'check_models', 'watchers', 'optimizer', 'Run', 'machine', 'prompt_rows', 'caches',
-           'codec']
+           'check_attention_of', 'check_models', 'watchers', 'optimizer', 'fast_type', 'Run', 'machine', 'prompt_rows',
+           'caches', 'codec']
 
 # %% ../nbs/05d_pipeline.ipynb #b85f9e2a
 import contextlib, gc, json, platform, subprocess, sys, tempfile, threading, time
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import AttentionDistiller
-from .cache import TeacherCache, build_cache
+from .cache import TeacherCache, build_cache, load_manifest
 from .config import HIDDEN, SPARSE, Config, Projection, Prompts, Relations, TrainingStage, Watching, stage_list, tasks, total_steps
 from .distiller import Distiller
 from .eval import Scores, evaluate
@@ -144,6 +144,15 @@ def optimizer(kind:str, # `training.optimizer.type`
     except (ImportError, RuntimeError) as e: raise ValueError(f'training.optimizer.type: {e}') from e
     return adamw8bit
 
+# %% ../nbs/05d_pipeline.ipynb #bbf7d18a
+def fast_type(c:Config, # Of a run
+    device:str, # Where it runs
+)->torch.dtype: # As the cache was made with, where there is one; else as measured now
+    "The faster type of this machine, decided once for a run"
+    try: made = load_manifest(Path(c.teacher.cache_dir))['teacher']['dtype']
+    except CacheError: return fast_dtype(device)
+    return getattr(torch, made.removeprefix('torch.')) if device=='cpu' and c.teacher.dtype=='auto' and c.teacher.present else fast_dtype(device)
+
 # %% ../nbs/05d_pipeline.ipynb #e295a7aa
 ALONE = """a run works in one process, and torchrun started {n}: `distill run FILE` does all of it on one GPU. To train on several, make the cache with `distill synth FILE`,
 then start a script of your own with torchrun, as the page 'How do I use two GPUs?' shows"""
@@ -160,7 +169,7 @@ class Run:
         self.away = None # a folder for what of the teacher is on the disk
         self.stages = stage_list(config)
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.fast = fast_dtype(self.device)
+        self.fast = fast_type(config, self.device)
         self.precision = precision(config.training.memory.mixed_precision, self.fast)
         self.watchers,self.optimizer = watchers(config.training.watch),optimizer(config.training.optimizer.type)
         check_models(config)
