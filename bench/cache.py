@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Size, error and reading speed of every codec of the teacher cache, on text that none of them was fitted to.
 
-usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192] [--distillkit FOLDER]
+usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192] [--distillkit FOLDER] [--no-write]
 
 The default teacher answers training prompts, on which the codecs are fitted, and held-out prompts of the same families and of others, on which they
-are judged. Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short. `--quick` calibrates on a fifth.
+are judged. Prints Markdown tables and then one line per bar, `BAR name value limit ok|short`, writes both as the sections "Cache" and "DistillKit's store" of RESULTS.md, and exits 1 if one
+is short. `--quick` calibrates on a fifth, and writes nothing.
 Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five, in slices of 512 rows as a loader reads them.
 
 DistillKit's store, with the two settings that its README names, is on the same page: by its published rule, and where FOLDER is a checkout of
@@ -18,6 +19,7 @@ import torch
 from distill_nb.codecs import kl_nats, mean_kl
 from distill_nb.sparse import Counts, fit_all
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, head_of, load_prompts, pad
+from loss import write
 
 STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
     *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', dict(nbytes=36)))
@@ -143,14 +145,19 @@ def bars(res, added, ratio, speed):
     yield 'transform 0.01 tokens/s', speed['transform 0.01 levels'], 3e5, '>='
     for k in ('bf16', 'int8'): yield f'{k} share of memcpy', speed[k]/speed['memcpy'], .5, '>='
 
-def report(bars):
-    "Print each bar; True if none is short"
-    fine = True
-    for name,value,limit,*way in bars:
-        ok = value>=limit if way else value<=limit
-        fine = fine and ok
-        print(f"BAR {name.replace(' ', '_')} {value:.3g} {limit:.3g} {'ok' if ok else 'short'}")
-    return fine
+def said(bars):
+    "Is none short, and a line for each"
+    lines = [(value>=limit if way else value<=limit, name.replace(' ', '_'), value, limit) for name,value,limit,*way in bars]
+    return all(ok for ok,*_ in lines),'\n'.join(['```', *(f"BAR {n} {v:.3g} {l:.3g} {'ok' if ok else 'short'}" for ok,n,v,l in lines), '```'])
+
+def rows(split, h, res):
+    "Lines of the table of sizes and errors"
+    return [f'| {split}, {len(h)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |' for k,(b,*l) in res.items()]
+
+def table(lines): return '\n'.join(['| text | codec | bytes | nats, T=1 | T=2 | T=4 |', '|---|---|---|---|---|---|', *lines])
+
+SPEEDS = 'Speeds are millions of tokens per second of CPU time, read in slices of 512 rows as fp32; *levels* are the integers of the transform, for a folded head.'
+PEERS = """The largest log-probabilities with the two settings that DistillKit's README names, on the answers of the section "Cache": by the rule it publishes (some in bf16, the others a least-squares curve of their rank, ids in the bits of the vocabulary) and by the code of its repository, commit a61c2e7. What is stored falls short of 1; its losses take that as one outcome more, which is raised to the power 1/T with the rest. Here it is spread evenly over the ids that are not stored. KL(teacher || store), nats per token; `cache.py --distillkit FOLDER` prints these rows."""
 
 def machine():
     cpu = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
@@ -159,33 +166,38 @@ def machine():
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(answers=64, tokens=128, rows=8192).items(): p.add_argument(f'--{k}', type=int, default=v)
-    p.add_argument('--quick', action='store_true', help='calibrate on 24 answers of 64 tokens')
+    p.add_argument('--quick', action='store_true', help='calibrate on 24 answers of 64 tokens, print only')
     p.add_argument('--distillkit', help='a checkout of DistillKit')
+    p.add_argument('--no-write', action='store_true', help='print only')
     a = p.parse_args()
     rivals = {'by its rule': distillkit}
     if a.distillkit:
         sys.path.append(a.distillkit)
         rivals['by its code'] = their_own
-    if a.quick: a.answers,a.tokens = 24,64
+    if a.quick: a.answers,a.tokens,a.no_write = 24,64,True
     torch.set_num_threads(1)
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
     head = head_of(teacher.model)
     _,h = asked(teacher, 'train', a.answers, a.tokens)
     text = {s: asked(teacher, s, 8, a.tokens//2) for s in ('heldout', 'ood')}
-    fitted,res = fit_all(h, head, STORES, TS),{}
-    print(f'## Cache\n\nCodecs fitted on {len(h):,} tokens. Machine: {machine()}.\n')
-    print('| text | codec | bytes | nats, T=1 | T=2 | T=4 |\n|---|---|---|---|---|---|')
+    fitted,res,theirs = fit_all(h, head, STORES, TS),{},[]
     for s,(_,x) in text.items():
         stored = {k: c.encode(x, head) for k,c in fitted.items()}
         res[s] = {k: (sum(v.nbytes for v in stored[k].values())/len(x), *nats(c, stored[k], x, head)) for k,c in fitted.items()}
-        rows = res[s] | {f'DistillKit, {n}, {way}': peer(f, x, head, *how) for n,how in DISTILLKIT.items() for way,f in rivals.items()}
-        for k,(b,*l) in rows.items(): print(f'| {s}, {len(x)} tokens | {k} | {b:.0f} | '+' | '.join('-' if o is None else f'{o:.1e}' for o in l)+' |', flush=True)
+        theirs += rows(s, x, {f'DistillKit, {n}, {way}': peer(f, x, head, *how) for n,how in DISTILLKIT.items() for way,f in rivals.items()})
     exs,x = text['heldout']
     added = quantisation(fitted['topk 64'], fitted['topk 64'].encode(x, head), x, head)
-    n,ours,theirs = noise(fitted['sampled 36'], x, student_states(teacher, exs), head)
-    print(f'\nLoss noise on the teacher without six blocks: threshold sampling {ours:.3f} nats, {n} draws with replacement in the same bytes {theirs:.3f}.\n')
+    n,ours,draws = noise(fitted['sampled 36'], x, student_states(teacher, exs), head)
     speed = speeds(fitted, x, head, a.rows)
-    print('| read | million tokens/s |\n|---|---|\n'+'\n'.join(f'| {k} | {v/1e6:.2f} |' for k,v in speed.items())+'\n')
-    return 0 if report(bars(res, added, ours/theirs, speed)) else 1
+    fine,bar = said(bars(res, added, ours/draws, speed))
+    mine = '\n\n'.join(['## Cache', f'Codecs fitted on {len(h):,} tokens. Machine: {machine()}.', table([o for s,(_,x) in text.items() for o in rows(s, x, res[s])]),
+        f'Loss noise on the teacher without six blocks: threshold sampling {ours:.3f} nats, {n} draws with replacement in the same bytes {draws:.3f}.',
+        '\n'.join(['| read | million tokens/s |', '|---|---|', *(f'| {k} | {v/1e6:.2f} |' for k,v in speed.items())]), SPEEDS, bar])
+    peers = '\n\n'.join(["## DistillKit's store", PEERS, f'Machine: {machine()}.', table(theirs)])
+    print(mine, peers, sep='\n\n')
+    if not a.no_write:
+        write(mine)
+        if a.distillkit: write(peers)
+    return 0 if fine else 1
 
 if __name__=='__main__': sys.exit(main())

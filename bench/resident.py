@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """How much memory a process takes that reads a whole cache, small and large.
 
-usage: resident.py [--mib 10240]
+usage: resident.py [--mib 10240] [--no-write]
 
 A cache of a tiny teacher is blown up: shards of 32 MiB, which are links to a few files, so that no disk is filled. A process of its own reads every example of
 a tenth of them, and another of all, in shuffled order, and says the most memory it took beyond that of opening the cache, mapped pages included. Linux only.
-Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short.
+Prints a Markdown table and then one line per bar, `BAR name value limit ok|short`, writes both as the section "Resident" of RESULTS.md, and exits 1 if one is short.
 """
 import argparse, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
+from cache import machine, said
+from loss import write
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,6 +55,7 @@ def read(path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--mib', type=int, default=10240)
+    p.add_argument('--no-write', action='store_true', help='print only')
     p.add_argument('--read', type=Path, help='read the cache in this folder, and nothing else')
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -62,10 +65,13 @@ def main():
         with tempfile.TemporaryDirectory() as d:
             blow_up(Path(d)/'c', mib)
             res[mib] = [float(o) for o in subprocess.run([sys.executable, __file__, '--read', f'{d}/c'], capture_output=True, text=True, check=True).stdout.split()]
-    print('| cache, MiB | most memory, MiB | tokens/s |\n|---|---|---|\n'+'\n'.join(f'| {k:,} | {m:.0f} | {r:,.0f} |' for k,(m,r) in res.items())+'\n')
     (small,_),(large,_) = res.values()
-    ok = large<=small+96
-    print(f"BAR resident_memory_MiB {large:.0f} {small+96:.0f} {'ok' if ok else 'short'}")
-    return 0 if ok else 1
+    fine,bar = said([('resident memory MiB', large, small+96)])
+    rows = ['| cache, MiB | most memory, MiB | tokens/s |', '|---|---|---|', *(f'| {k:,} | {m:.0f} | {r:,.0f} |' for k,(m,r) in res.items())]
+    what = 'A process reads every example of a cache of a tiny teacher (64 numbers a token), in shuffled order; memory is the most it takes beyond that of opening the cache, mapped pages included.'
+    text = '\n\n'.join(['## Resident', what, f'Machine: {machine()}.', '\n'.join(rows), bar])
+    print(text)
+    if not a.no_write: write(text)
+    return 0 if fine else 1
 
 if __name__=='__main__': sys.exit(main())

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
 """What building a cache costs, beside the straightforward recipe and beside asking the teacher and keeping nothing.
 
-usage: synth.py [--quick] [--prompts 64] [--tokens 64] [--dtype bf16]
+usage: synth.py [--quick] [--prompts 64] [--tokens 64] [--dtype bf16] [--no-write]
 
 The default teacher answers training prompts at temperature 0.8, five ways: the recipe (batches of 16 in prompt order, transformers' own sampling, then one
 forward pass per batch with full logits and all hidden states, torch.save), transformers' `generate` in the batches of `build_cache` with nothing captured,
 `build_cache`, `build_cache` with an extra layer, and `build_cache` with the relations of a block, which needs a second pass. Then it reads those responses, once through `build_cache`
-and once in bare forward passes of the same batches. Two things more are measured: what share of the time a shard is encoded and written, while the teacher
-waits; and what a batch would cost whose finished rows are replaced by the next prompts, instead of one that closes up. Prints Markdown tables and then one line per bar, `BAR name value limit ok|short`; exits 1 if one is short.
+and once in bare forward passes of the same batches. Two things more are measured, in shards of a quarter of the prompts: what share of the time shards are encoded and written, and the
+teacher waits for that; and what a batch would cost whose finished rows are replaced by the next prompts, instead of one that closes up. Prints Markdown tables and then one line per
+bar, `BAR name value limit ok|short`, writes both as the section "Synthesis" of RESULTS.md, and exits 1 if one is short. `--quick` takes 32 prompts and 24 tokens, and writes nothing.
 Rates are of one thread, in CPU time (so a busy machine disturbs them less). What the recipe saves is removed batch by batch.
 """
 import argparse, bisect, contextlib, sys, tempfile, time
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-from cache import machine, report
+from cache import machine, said
 from fastcore.basics import chunked
+from loss import write
 
 import distill_nb.cache as dc
 from distill_nb.cache import build_cache
@@ -32,7 +35,7 @@ def clock(f):
     return res,time.process_time()-start
 
 @torch.no_grad()
-def write(teacher, prompts, n, size):
+def sampled(teacher, prompts, n, size):
     "transformers' own sampling in batches of `size`: yields what was asked, its mask, what came back, and the responses"
     fill = teacher.tokenizer.pad_token_id
     for qs in chunked(prompts, size):
@@ -43,13 +46,13 @@ def write(teacher, prompts, n, size):
 def bare(teacher, prompts, n):
     "`generate` in the batches of `build_cache`, and nothing else; returns the number of response tokens"
     long = lambda q: len(teacher.encode([q])[0])
-    return sum(len(r) for qs in chunked(prompts, SHARD) for *_,rs in write(teacher, sorted(qs, key=long), n, SHARD) for r in rs)
+    return sum(len(r) for qs in chunked(prompts, SHARD) for *_,rs in sampled(teacher, sorted(qs, key=long), n, SHARD) for r in rs)
 
 @torch.no_grad()
 def recipe(teacher, prompts, n, folder):
     "The straightforward way; returns the number of response tokens"
     tokens = 0
-    for i,(mask,y,rs) in enumerate(write(teacher, prompts, n, 16)):
+    for i,(mask,y,rs) in enumerate(sampled(teacher, prompts, n, 16)):
         mask = torch.cat([mask, pad([[1]*len(r) for r in rs])[0]], 1)
         out = teacher.model(input_ids=y, attention_mask=mask, output_hidden_states=True, use_cache=False)
         torch.save(dict(ids=y, mask=mask, logits=out.logits, hidden=out.hidden_states), folder/f'{i}.pt')
@@ -67,25 +70,25 @@ def forward(teacher, exs, head):
             else: teacher.score(x, mask)
 
 @contextlib.contextmanager
-def timed(names):
-    "Wall-clock seconds inside some functions of the cache, in a dict of their names"
-    spent,old = dict.fromkeys(names, 0.),{k: getattr(dc, k) for k in names}
-    def _wrap(k):
+def timed(places):
+    "Wall-clock seconds inside some functions, each an owner and a name, in a list"
+    spent,old = [0.]*len(places),[getattr(*p) for p in places]
+    def _wrap(i):
         def _f(*args, **kw):
             start = time.perf_counter()
-            try: return old[k](*args, **kw)
-            finally: spent[k] += time.perf_counter()-start
+            try: return old[i](*args, **kw)
+            finally: spent[i] += time.perf_counter()-start
         return _f
-    for k in names: setattr(dc, k, _wrap(k))
+    for i,p in enumerate(places): setattr(*p, _wrap(i))
     try: yield spent
     finally:
-        for k,f in old.items(): setattr(dc, k, f)
+        for p,f in zip(places, old): setattr(*p, f)
 
 def waiting(build):
-    "Shares of the wall-clock time of `build` that go into encoding a shard, and into hashing, writing and flushing it"
+    "Shares of the wall-clock time of `build`: encoding a shard; hashing, writing and flushing it; waiting for that"
     start = time.perf_counter()
-    with timed(('_codes', 'save_tensors')) as spent: build()
-    return [o/(time.perf_counter()-start) for o in spent.values()]
+    with timed(((dc, '_pack'), (dc, 'save_tensors'), (Future, 'result'))) as spent: build()
+    return [o/(time.perf_counter()-start) for o in spent]
 
 def step_seconds(teacher, counts, n=12):
     "CPU seconds of a step of decoding, by the number of rows"
@@ -118,7 +121,7 @@ def refilled(lens, slots, cost):
 
 def measure(teacher, prompts, n, root):
     "Response tokens and CPU seconds of each way, the shares of waiting, and the number of tokens of each response"
-    build = lambda name, rows=prompts, **k: build_cache(teacher, rows, root/name, shard_size=SHARD, max_new_tokens=n, progress=False, **k)
+    build = lambda name, rows=prompts, **k: build_cache(teacher, rows, root/name, max_new_tokens=n, progress=False, **dict(shard_size=SHARD) | k)
     count = lambda exs: sum(len(e['input_ids'])-e['prompt_len'] for e in exs)
     torch.manual_seed(0)
     clock(lambda: bare(teacher, prompts[:4], 4))
@@ -139,7 +142,7 @@ def measure(teacher, prompts, n, root):
     cache,sec = clock(lambda: build('read', rows))
     res['build_cache, given responses'] = cache.stats()['response_tokens'],sec
     stores = {'hidden, bf16': {}, 'transform': dict(codec='transform'), 'sampled': dict(codec='sampled')}
-    waits = {k: waiting(lambda: build(f'wait {k}', rows, **o)) for k,o in stores.items()}
+    waits = {k: waiting(lambda: build(f'wait {k}', rows, shard_size=len(rows)//4, **o)) for k,o in stores.items()}
     return res,waits,[len(e['input_ids'])-e['prompt_len'] for e in exs]
 
 def bars(res):
@@ -155,22 +158,24 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(prompts=64, tokens=64).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--dtype', choices=DTYPES, default='bf16')
-    p.add_argument('--quick', action='store_true', help='32 prompts and 24 tokens')
+    p.add_argument('--quick', action='store_true', help='32 prompts and 24 tokens, printed only')
+    p.add_argument('--no-write', action='store_true', help='print only')
     a = p.parse_args()
-    if a.quick: a.prompts,a.tokens = 32,24
+    if a.quick: a.prompts,a.tokens,a.no_write = 32,24,True
     torch.set_num_threads(1)
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=DTYPES[a.dtype])
-    print(f'## Synthesis\n\n{a.prompts} prompts, at most {a.tokens} tokens each, {a.dtype}. Machine: {machine()}.\n', flush=True)
     with tempfile.TemporaryDirectory() as d: res,waits,lens = measure(teacher, load_prompts('train', a.prompts)['prompt'], a.tokens, Path(d))
-    print('| way | response tokens | CPU s | tokens/s |\n|---|---|---|---|')
-    for k,(n,s) in res.items(): print(f'| {k} | {n:,} | {s:.1f} | {n/s:.0f} |')
-    print('\nWhat the teacher waits for, where it reads given responses: shares of wall-clock time.\n\n| store | encoding | hashing, writing, flushing |\n|---|---|---|')
-    for k,(e,w) in waits.items(): print(f'| {k} | {e:.2%} | {w:.2%} |')
     step = step_seconds(teacher, [1, 2, 4, 8, 16, 32, 64])
-    print(f'\nA step of decoding takes '+', '.join(f'{s*1e3:.0f} ms for {b}' for b,s in step.items())+' rows. From that, CPU seconds of decoding these '
-        f'{len(lens)} responses of {min(lens)} to {max(lens)} tokens:\n\n| rows | batches that close up | places refilled |\n|---|---|---|')
-    for b in (16, 32, 64): print(f'| {b} | {closing(lens, b, between(step)):.1f} | {refilled(lens, b, between(step)):.1f} |')
-    print()
-    return 0 if report([*bars(res), *((f'writing share of {k}', w, .02) for k,(_,w) in waits.items())]) else 1
+    lines = ['| way | response tokens | CPU s | tokens/s |', '|---|---|---|---|'] + [f'| {k} | {n:,} | {s:.1f} | {n/s:.0f} |' for k,(n,s) in res.items()]
+    waited = ['| store | encoding | hashing, writing, flushing | waiting for that |', '|---|---|---|---|'] + [f'| {k} | '+' | '.join(f'{o:.2%}' for o in v)+' |' for k,v in waits.items()]
+    refills = ['| rows | batches that close up | places refilled |', '|---|---|---|'] + [f'| {b} | {closing(lens, b, between(step)):.1f} | {refilled(lens, b, between(step)):.1f} |' for b in (16, 32, 64)]
+    steps = ', '.join(f'{s*1e3:.0f} ms for {b}' for b,s in step.items())
+    fine,bar = said([*bars(res), *((f'waiting for {k}', w, .02) for k,(*_,w) in waits.items())])
+    text = '\n\n'.join(['## Synthesis', f'{a.prompts} prompts, at most {a.tokens} tokens each, {a.dtype}. Machine: {machine()}.', '\n'.join(lines),
+        'Where the teacher reads given responses, a shard is written by a thread while the next is asked for; only for the last does the teacher have to wait. Shares of wall-clock time:', '\n'.join(waited),
+        f'A step of decoding takes {steps} rows. From that, CPU seconds of decoding these {len(lens)} responses of {min(lens)} to {max(lens)} tokens:', '\n'.join(refills), bar])
+    print(text)
+    if not a.no_write: write(text)
+    return 0 if fine else 1
 
 if __name__=='__main__': sys.exit(main())

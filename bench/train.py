@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """CPU seconds and peak memory of one optimizer step: distillation from a cache against plain cross-entropy fine-tuning.
 
-usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--trl FOLDER] [--no-write] [--quick]
+usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--trl FOLDER] [--distillkit FOLDER] [--no-write] [--quick]
 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
 before the clock starts, as a cache would hold them. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
-30 layers online. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
+30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
+Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
 takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.
 Seconds are of the third step, in memory that stays with the process, for every contender: the price of fresh pages changes from machine to machine and hour to hour. Linux only.
 """
 import argparse, json, os, subprocess, sys, time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -44,18 +46,57 @@ def batch_of(B, L, kind, head, k):
     ids,logits,tail = map(torch.cat, zip(*parts))
     return res | dict(teacher_topk=SimpleNamespace(ids=ids, logits=logits, tails=tail[:,None]))
 
+def teacher_head(): return Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
+
+def text(b): return {k: b[k] for k in ('input_ids', 'attention_mask')} | dict(labels=b['input_ids'])
+
+def gkd(model):
+    "TRL's GKD, teacher online"
+    from trl.experimental.gkd import GKDTrainer
+    own = SimpleNamespace(teacher_model=student(30).requires_grad_(False), beta=0., generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+    return lambda b: GKDTrainer.compute_loss(own, model, text(b))
+
+def sft(model):
+    "TRL's fine-tuning on the text alone, with its fused head and its metrics"
+    from trl import SFTTrainer
+    from trl.trainer.utils import add_fused_lm_head
+    add_fused_lm_head(model, outputs=('log_probs', 'entropy', 'is_top1'))
+    one = SimpleNamespace(parallelism_config=None, gather_for_metrics=lambda o: o, num_processes=1)
+    own = SimpleNamespace(model=model, accelerator=one, args=SimpleNamespace(loss_type='nll', average_tokens_across_devices=False, max_length=None),
+        aux_loss_enabled=False, compute_loss_func=None, label_smoother=None, _metrics=dict(train=defaultdict(list)), _total_train_tokens=0, _tp_size=1)
+    return lambda b: SFTTrainer.compute_loss(own, model, text(b))
+
+def distillkit(model):
+    "DistillKit's loss on stored log-probabilities; what they lack of 1 is one outcome more"
+    from distillkit.lossfuncs.common import MissingProbabilityHandling
+    from distillkit.lossfuncs.kl import KLDLoss
+    from distillkit.signals import SparseSignal
+    from distillkit.trainer import DistillationTrainer as theirs
+    def signal(b, **kw): return SparseSignal(1., None, V, b['ids'], b['logprobs'], True)
+    part,loss = SimpleNamespace(weight=1., function=SimpleNamespace(value='kl')),KLDLoss(1., MissingProbabilityHandling.SYMMETRIC_UNIFORM)
+    conf = SimpleNamespace(loss_functions=[part], dataset=SimpleNamespace(eos_label_token_ids=None))
+    own = SimpleNamespace(need_hidden_states=False, true_vocab_size=V, hidden_state_mapping=None, signal_source=SimpleNamespace(get_signal=signal),
+        log=lambda d: None, config=conf, loss_functions=[loss])
+    own.total_distillation_loss = lambda *args, **kw: theirs.total_distillation_loss(own, *args, **kw)
+    def _f(b):
+        ids,z,tail = b['teacher_topk'].ids,b['teacher_topk'].logits,b['teacher_topk'].tails
+        v = z-torch.logaddexp(z.logsumexp(-1, keepdim=True), tail)
+        rows = lambda o: o.view(*b['input_ids'].shape, -1)
+        return theirs.compute_loss(own, model, text(b) | dict(ids=rows(ids), logprobs=rows(v)))
+    return _f
+
+PEERS = dict(gkd=gkd, sft=sft, distillkit=distillkit)
+
 def step_fn(a, kind, model):
     "A function of (B, L) that prepares a step and returns it"
-    if kind=='gkd':
-        from trl.experimental.gkd import GKDTrainer
-        own = SimpleNamespace(teacher_model=student(30).requires_grad_(False), beta=0., generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
-        def loss(b): return GKDTrainer.compute_loss(own, model, b | dict(labels=b['input_ids']))
-        make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
+    if kind in PEERS:
+        loss,gives = PEERS[kind](model),'topk' if kind=='distillkit' else 'hidden'
+        make = lambda B, L: batch_of(B, L, gives, teacher_head(), a.k)
     elif kind=='plain':
         def loss(b): return model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], labels=b['input_ids'], use_cache=False).loss
         make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
     else:
-        head = Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
+        head = teacher_head()
         codec = SimpleNamespace(temperatures=torch.tensor([1.]))
         gives,low = kind.split(',')[0],torch.bfloat16 if 'bf16' in kind else None
         dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=low)
@@ -89,13 +130,13 @@ def one(a):
 
 def spawn(a, kind, length):
     args = [sys.executable, __file__, '--batch', str(a.batch), '--lengths', str(length), '--layers', str(a.layers), '--k', str(a.k), '--one', kind]
-    if a.trl: args += ['--trl', a.trl]
+    for k in ('trl', 'distillkit'): args += [f'--{k}', getattr(a, k)] if getattr(a, k) else []
     out = subprocess.run(args, capture_output=True, text=True, check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
     return json.loads(out.stdout.splitlines()[-1])
 
 def measure(a, length):
     "Medians of interleaved runs: `{contender: (CPU seconds, MiB)}`"
-    runs = {k: [] for k in ('plain', *BARS, *(['gkd'] if a.trl else []))}
+    runs = {k: [] for k in ('plain', *BARS, *(['gkd', 'sft'] if a.trl else []), *(['distillkit'] if a.distillkit else []))}
     for _ in range(a.pairs):
         for k in runs: runs[k].append(spawn(a, k, length))
     return {k: tuple(median(r[o] for r in v) for o in ('s','mib')) for k,v in runs.items()}
@@ -116,11 +157,12 @@ def main():
     for k,v in dict(batch=4, layers=10, k=50, pairs=3).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--lengths', type=int, nargs='+', default=[512, 128])
     p.add_argument('--trl', help='folder that TRL was installed into')
+    p.add_argument('--distillkit', help='a checkout of DistillKit; needs --trl')
     p.add_argument('--no-write', action='store_true', help='print only')
     p.add_argument('--quick', action='store_true', help='the shortest length, one pair, printed only')
-    p.add_argument('--one', choices=('plain', *BARS, 'gkd'), help=argparse.SUPPRESS)
+    p.add_argument('--one', choices=('plain', *BARS, *PEERS), help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.trl: sys.path.append(a.trl)
+    sys.path += [o for o in (a.trl, a.distillkit) if o]
     if a.one: return one(a)
     if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
     size = sum(o.numel() for o in student(a.layers).parameters())/1e6

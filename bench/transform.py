@@ -4,7 +4,7 @@
 usage: transform.py [--out build/transform] [--nats .01 .05 .2] [--layers 20] [--steps 40] [--seeds 3] [--train 160] [--judged 48] [--no-write]
 
 Teacher, students, texts, order and judging are those of ablation.py; the runs of a seed differ in the store alone. Each run is kept as a file in
-`--out`, and a second call goes on where the first was stopped. Writes the section "Transform" of RESULTS.md and prints one line per bar,
+`--out`, and a second call goes on where the first was stopped. Writes the section "Transform" of RESULTS.md, with one line per bar,
 `BAR name value limit ok|short`; exits 1 if one is short. The time to read a batch from each store stands beside it, and its share of a step. Intervals are over prompts, the seeds of a prompt together, paired with bf16.
 """
 import argparse, contextlib, sys, time
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from ablation import TOKENS, Ablation, together
-from cache import report
+from cache import said
 from loss import machine, write
 
 from distill_nb.cache import TeacherCache
@@ -73,9 +73,10 @@ def main():
         kept = runs.kept()
     what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, judged on '
         f'{a.judged} held-out prompts and {a.judged} out of distribution, against the teacher itself. The runs of a seed differ in the store alone. KL(teacher || student) at T=1, nats per target token.')
-    text = '\n\n'.join(['## Transform', what, f'Machine: {machine()}.', table(before, res, kept)])
-    print(text+'\n')
+    fine,bar = said(bars(a, res, kept))
+    text = '\n\n'.join(['## Transform', what, f'Machine: {machine()}.', table(before, res, kept), bar])
+    print(text)
     if not a.no_write: write(text)
-    return 0 if report(bars(a, res, kept)) else 1
+    return 0 if fine else 1
 
 if __name__=='__main__': sys.exit(main())

@@ -12,6 +12,7 @@ __all__ = ['SCHEMA', 'LATER', 'PATIENCE', 'OPEN', 'make_manifest', 'shard_path',
 # %% ../nbs/00e_cache.ipynb #279d3cee
 import contextlib, os, re, shutil, time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -270,7 +271,7 @@ def _said(teacher, rows, i, m, batch_size):
 
 # %% ../nbs/00e_cache.ipynb #cc9f05a9
 def _build_shard(teacher, rows, path, i, m, batch_size):
-    "Write or read, score and store shard `i`; shard 0 also calibrates and stores the codec"
+    "Write or read, score and pack shard `i`: its tokens, and what stores it; shard 0 also calibrates and stores the codec"
     exs,h,extra,bad = _finite(*_said(teacher, rows, i, m, batch_size), rows, m, i)
     if i==0: _save_codec(teacher, exs, h, path, m)
     if (job := this_job()).rank: _wait(path, job, lambda: [] if _done(path/'codec.safetensors') else [0])
@@ -279,8 +280,7 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     a = sum(map(_count, exs[:k]))
     said = codec.decode(t, a, a+_count(exs[k])) if gives(codec) in ('hidden', 'logits') else _split(exs, h)[k]
     check_stored(teacher, exs[k], said, shard_path(path, i), m.get('nats', 0))
-    save_tensors(t, shard_path(path, i), dict(rows=rows) | (dict(left_out=bad) if bad else {}))
-    return len(h)
+    return len(h),partial(save_tensors, t, shard_path(path, i), dict(rows=rows) | (dict(left_out=bad) if bad else {}))
 
 # %% ../nbs/00e_cache.ipynb #12a792a8
 def _todo(path, m):
@@ -298,10 +298,14 @@ def _build_missing(teacher, parts, path, m, batch_size, progress):
     "Build the shards that are keys of `parts`, from the rows that are their values"
     _sweep(path, this_job())
     tokens,bar = 0,tqdm(parts, disable=not progress, desc='asking the teacher', unit='shard')
-    for i in bar:
-        tokens += _build_shard(teacher, parts[i], path, i, m, batch_size)
-        sec = bar.format_dict['elapsed'] or 1
-        bar.set_postfix_str(f"{tokens/sec:.0f} tokens/s, {sum(p.stat().st_size for p in path.glob('*.safetensors'))/2**20:.0f} MiB")
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(lambda: None)
+        for i in bar:
+            n,store = _build_shard(teacher, parts[i], path, i, m, batch_size)
+            last.result()
+            last,tokens,sec = pool.submit(store),tokens+n,bar.format_dict['elapsed'] or 1
+            bar.set_postfix_str(f"{tokens/sec:.0f} tokens/s, {sum(p.stat().st_size for p in path.glob('*.safetensors'))/2**20:.0f} MiB")
+        last.result()
 
 # %% ../nbs/00e_cache.ipynb #86e72822
 def build_cache(

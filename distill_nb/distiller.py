@@ -11,6 +11,7 @@ __all__ = ['tail_at', 'teacher_target', 'Distiller']
 import math, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .cache import TeacherCache
@@ -85,6 +86,7 @@ def features(self:Distiller,
 def head(self:Distiller)->OutputHead: # Its weights are the student's own
     "The student's output head, with what its model does to the logits"
     m = self.student.get_output_embeddings()
+    if isinstance(m.weight, DTensor): raise ValueError("the student's output head is split over several processes: load it with tp_plan={'lm_head': 'replicate'}, or let DistillTrainer(shard=True) share it out")
     return OutputHead(m.weight, m.bias, *self.bend)
 
 # %% ../nbs/02d_distiller.ipynb #672e97a5

@@ -287,7 +287,7 @@ def ask_endpoint(url:str, # Of an OpenAI-compatible server, such as from `serve`
     "Accuracy through the endpoint, with its standard error"
     say = lambda q: post(url, '/v1/chat/completions', messages=[dict(role='user', content=q)], max_tokens=max_tokens, temperature=0)
     texts = [say(o.prompt)['choices'][0]['message']['content'] for o in items]
-    return tally([is_right(t, o.answer) for t,o in zip(texts, items)]) | dict(how='written through the endpoint, zero-shot')
+    return tally([o.check(t) if o.check else is_right(t, o.answer) for t,o in zip(texts, items)]) | dict(how='written through the endpoint, zero-shot')
 
 # %% ../nbs/05a_serving.ipynb #6ccf24ef
 CHATML = """{{ range .Messages }}<|im_start|>{{ .Role }}

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env
 from fastcore.basics import chunked, patch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from .files import CacheError, load_tensors, replace_file, save_tensors, sha256_
 from .distiller import Distiller
 from .loss import DistillationLoss
 from .monitor import KLMonitor, Recorder
+from .shard import collect, shard, share_of
 from .student import Unfreeze, check_pair
 from .synthesis import TeacherSynthesizer, seeded, weights_sha256
 
@@ -166,7 +168,7 @@ def engine(
         raise ValueError("mixed_precision is 'fp8', which needs a GPU of compute capability 8.9 or more (Ada, Hopper): use 'bf16' or 'no'")
     if int(os.environ.get('WORLD_SIZE', 1))>here.num_processes:
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the engine has one process: on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N")
-    if parse_flag_from_env('ACCELERATE_USE_FSDP'): raise RuntimeError('FSDP was asked for, and this trainer does not shard: unset ACCELERATE_USE_FSDP')
+    if parse_flag_from_env('ACCELERATE_USE_FSDP'): raise RuntimeError('FSDP was asked for in a way that this trainer does not know: unset ACCELERATE_USE_FSDP, and give DistillTrainer shard=True')
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
 
 # %% ../nbs/03_trainer.ipynb #f290df59
@@ -241,6 +243,7 @@ class DistillTrainer:
         monitor:KLMonitor=None, # Judges each step; default: one that logs
         ema:float=0., # Decay of the weights' moving average; 0 keeps none
         optimizer=adamw, # Called with parameters, `weight_decay` and `betas`; also `adamw8bit`
+        shard:bool=False, # Of several processes, should each keep a share of the weights, gradients and moments, instead of a copy?
     ):
         "Make the optimizer; nothing is moved or trained yet"
         self.distiller,self.cache,self.stages,self.out = distiller,cache,stages,Path(out)
@@ -249,8 +252,9 @@ class DistillTrainer:
         self.max_grad_norm,self.weight_decay,self.betas = max_grad_norm,weight_decay,tuple(betas)
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
-        self.skipped,self.lr_scale,self.stop = 0,1.,False # a callback may set `stop`
+        self.skipped,self.lr_scale,self.stop,self.shard = 0,1.,False,shard # a callback may set `stop`
         check_stages(distiller, stages)
+        if shard and (mixed_precision in ('fp16', 'fp8') or optimizer is adamw8bit): raise ValueError("shard=True works with 'no' or 'bf16', and with adamw: choose these, or leave it out")
         if activation_checkpointing: distiller.student.activation_checkpointing_enable()
         self.names = {n: p for n,p in distiller.named_parameters() if p.requires_grad}
         self.opt = optimizer(list(self.names.values()), weight_decay, self.betas)
@@ -326,7 +330,7 @@ def gradients(self:DistillTrainer,
             outs.append(self.model(to_device(b, acc.device), n))
             acc.backward(outs[-1]['loss']*acc.num_processes)
     if acc.scaler: acc.scaler.unscale_(self.opt)
-    norm = float(clip_grad_norm_([p for p in self.names.values() if p.requires_grad], self.max_grad_norm))
+    norm = float(collect(clip_grad_norm_([p for p in self.names.values() if p.requires_grad], self.max_grad_norm)))
     total = lambda f: float(acc.reduce(torch.tensor(sum(float(f(o)) for o in outs), device=acc.device)))
     sums = {k: total(lambda o: o[k]) for k in ('logit', 'feature') if dist.matches}
     return dict(step=step, stage=stage.name, loss=total(lambda o: o['loss'].detach()), kl=total(lambda o: o['kl'].sum())/n, agree=total(lambda o: o['agree'].sum())/n,
@@ -399,8 +403,8 @@ def optimizer_state(opt:torch.optim.Optimizer, # Of a trainer
     "What an optimizer remembers"
     found = {f'{k}.{n}': v for n,p in names.items() for k,v in opt.state.get(p, {}).items()}
     tensors = {k: v for k,v in found.items() if isinstance(v, Tensor)}
-    first = {v.data_ptr(): k for k,v in reversed(tensors.items())}
-    return {k: v if first[v.data_ptr()]==k else v.clone() for k,v in tensors.items()},{k: v for k,v in found.items() if k not in tensors}
+    first = {id(v): k for k,v in reversed(tensors.items())}
+    return {k: v if first[id(v)]==k else v.clone() for k,v in tensors.items()},{k: v for k,v in found.items() if k not in tensors}
 
 # %% ../nbs/03_trainer.ipynb #3272cb1c
 def restore_state(opt:torch.optim.Optimizer, # Changed in place
@@ -411,7 +415,8 @@ def restore_state(opt:torch.optim.Optimizer, # Changed in place
     opt.state.clear()
     for key,v in state.items():
         k,_,n = key.partition('.')
-        opt.state[names[n]][k] = v.to(names[n].device) if isinstance(v, Tensor) else v
+        if isinstance(v, Tensor): v = share_of(v, names[n]) if v.shape==names[n].shape else v.to(names[n].device)
+        opt.state[names[n]][k] = v
 
 # %% ../nbs/03_trainer.ipynb #0f10277d
 @patch
@@ -421,6 +426,18 @@ def forget(self:DistillTrainer,
     "Remove checkpoints, the sidecar first: what is left of one that was half removed does not count"
     for p in paths:
         for o in (p.with_suffix('.json'), p): o.unlink(missing_ok=True)
+
+# %% ../nbs/03_trainer.ipynb #92d73443
+@patch
+def write(self:DistillTrainer,
+    tensors:dict, # Names to tensors, the same names in every process
+    path:Path, # The file
+    meta:dict=None, # For its sidecar
+):
+    "Store whole tensors; every process must call it, and the main one writes"
+    main = self.accelerator.is_main_process
+    t = {k: w for k,v in tensors.items() for w in [collect(v.detach())] if main}
+    if main: save_tensors(t, path, meta)
 
 # %% ../nbs/03_trainer.ipynb #47912953
 @patch
@@ -432,8 +449,8 @@ def save(self:DistillTrainer,
     scaler,(tensors,numbers) = self.accelerator.scaler,optimizer_state(self.opt, self.names)
     meta = dict(step=step, balance=self.distiller.balance, lr_scale=self.lr_scale, settings=self.settings_sha256(), rows=self.recorder.rows,
         scaler=scaler.state_dict() if scaler else None, optimizer=numbers)
-    save_tensors(t | {f'opt.{k}': v for k,v in tensors.items()}, self.out/f'checkpoint-{step:06d}.safetensors', meta)
-    self.forget(self.checkpoints()[2:])
+    self.write(t | {f'opt.{k}': v for k,v in tensors.items()}, self.out/f'checkpoint-{step:06d}.safetensors', meta)
+    if self.accelerator.is_main_process: self.forget(self.checkpoints()[2:])
 
 # %% ../nbs/03_trainer.ipynb #d204edb9
 @patch
@@ -452,8 +469,8 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
             continue
         if meta['settings']!=self.settings_sha256(): raise ValueError(f'{p} belongs to a run with other stages, data or settings: use another `out` folder, or fit(resume=False)')
         with torch.no_grad():
-            for n,q in self.kept.items(): q.copy_(t[f'param.{n}'])
-            for n,a in self.averages.items(): a.copy_(t[f'ema.{n}'])
+            for n,q in self.kept.items(): q.copy_(share_of(t[f'param.{n}'], q))
+            for n,a in self.averages.items(): a.copy_(share_of(t[f'ema.{n}'], a))
         restore_state(self.opt, self.names, {k.removeprefix('opt.'): v for k,v in t.items() if k.startswith('opt.')} | meta['optimizer'])
         if self.accelerator.scaler: self.accelerator.scaler.load_state_dict(meta['scaler'])
         self.distiller.balance,self.recorder.rows,self.lr_scale = meta['balance'],meta['rows'],meta['lr_scale']
@@ -519,8 +536,19 @@ def advance(self:DistillTrainer,
     self.event('after_step')
     if self.stop: row['stopped'] = True
     self.write_history(row)
-    if self.accelerator.is_main_process and (step%self.save_every==0 or step==self.total or self.stop): self.save(step)
+    if step%self.save_every==0 or step==self.total or self.stop: self.save(step)
     return step
+
+# %% ../nbs/03_trainer.ipynb #4c703c10
+@patch
+def share_out(self:DistillTrainer):
+    "Shard what is trained, and tell trainer and optimizer of the new parameters"
+    if self.accelerator.num_processes==1: raise RuntimeError('shard=True, and there is one process: start several with torchrun, or leave it out')
+    shard(self.distiller, self.accelerator.device)
+    now = dict(self.distiller.named_parameters())
+    new = {p: now[n] for n,p in self.names.items()}
+    for g in self.opt.param_groups: g['params'] = [new[p] for p in g['params']]
+    self.names = {n: now[n] for n in self.names}
 
 # %% ../nbs/03_trainer.ipynb #9bac8ebd
 @patch
@@ -531,13 +559,15 @@ def begin(self:DistillTrainer,
     if resume not in ('auto', False): raise ValueError(f"resume is {resume!r}: use 'auto' or False")
     self.accelerator = acc = engine(self.mixed_precision, self.device, any(s.unfreeze or s.alpha==1 and self.distiller.heads for s in self.stages))
     self.out.mkdir(parents=True, exist_ok=True)
+    if not isinstance(self.distiller, FSDPModule):
+        self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
+        if self.shard: self.share_out()
     self.distiller.to(acc.device).train()
     self.averages,self.stop = {n: p.detach().clone() for n,p in self.names.items()} if self.ema else {},False
-    self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
     if not resume and acc.is_main_process: self.forget(self.checkpoints())
     step = self.restore() if resume else 0
     self.write_history()
-    self.model = acc.prepare(self.distiller)
+    self.model = acc.prepare_model(self.distiller, evaluation_mode=True) if isinstance(self.distiller, FSDPModule) else acc.prepare(self.distiller)
     return step
 
 # %% ../nbs/03_trainer.ipynb #f99dbfed
@@ -591,7 +621,7 @@ def fit(self:DistillTrainer,
     last = self.recorder.rows[-1] if step else {}
     done = step and (step==self.total or last.get('stopped') and not (last['verdict'] and self.monitor.policy!='stop'))
     if step and acc.is_main_process: print(f'{self.out.name}: done already, {step} steps' if done else f'{self.out.name}: resuming after step {step} of {self.total}')
-    if self.monitor.policy=='rollback' and not step and acc.is_main_process: self.save(0)
+    if self.monitor.policy=='rollback' and not step: self.save(0)
     try:
         with kept_memory(), tqdm(initial=step, total=self.total, disable=not (self.progress and acc.is_main_process), desc='training') as bar:
             while step<self.total and not (done or self.stop):
@@ -603,6 +633,16 @@ def fit(self:DistillTrainer,
     acc.wait_for_everyone()
     self.event('after_fit')
     return self.recorder
+
+# %% ../nbs/03_trainer.ipynb #87a70844
+@patch
+def save_student(self:DistillTrainer,
+    path:str|Path, # Folder
+):
+    "The student as `save_pretrained` writes it, whole; every process must call it"
+    student = self.distiller.student
+    state = {k: collect(v) for k,v in student.state_dict().items()}
+    if self.accelerator.is_main_process: student.save_pretrained(path, state_dict=state)
 
 # %% ../nbs/03_trainer.ipynb #8be92fbb
 class Evaluate(Callback):
@@ -668,13 +708,13 @@ class KeepBest(Callback):
     ):
         "Save them when there is a new best"
         past = [self.sign*r[self.key] for r in tr.recorder.rows if self.key in r]
-        if self.key in tr.recorder.rows[-1] and past[-1]==min(past) and tr.accelerator.is_main_process: save_tensors(tr.names, tr.out/'best.safetensors')
+        if self.key in tr.recorder.rows[-1] and past[-1]==min(past): tr.write(tr.names, tr.out/'best.safetensors')
 
     def after_fit(self,
         tr, # The `DistillTrainer`
     ):
         "Load them"
-        for n,v in load_tensors(tr.out/'best.safetensors')[0].items(): tr.names[n].data.copy_(v)
+        for n,v in load_tensors(tr.out/'best.safetensors')[0].items(): tr.names[n].data.copy_(share_of(v, tr.names[n]))
 
 # %% ../nbs/03_trainer.ipynb #77432e61
 class AsModel(nn.Module):

@@ -12,7 +12,7 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
+ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'shard', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
     'export', 'serving', 'winrate', 'config', 'pipeline', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
@@ -49,6 +49,12 @@ def test_style_floors():
     assert lines[len(lines)//2]<=10 and lines[int(.9*len(lines))]<=20 and lines[-1]<=40, lines[-10:]
     assert total('words')/total('code_lines')>=2
     assert not any(total(k) for k in ('mixed_import', 'star', 'forward', 'bad_syntax'))
+
+@pytest.mark.parametrize('p', NBS, ids=lambda p: p.stem)
+def test_chapter_is_one_sitting(p):
+    "At 200 words and 20 lines of code a minute, a chapter takes a lecture and a half at most"
+    text = lambda kind: [''.join(c['source']) for c in cells(p) if c['cell_type']==kind]
+    assert sum(len(o.split()) for o in text('markdown'))/200+sum(o.count('\n')+1 for o in text('code'))/20<=75
 
 SIGNATURE = re.compile(r'(\*{0,2}\w+(:.*|=.*)?,|\)(->.*)?:) # ') # an argument with its docment
 

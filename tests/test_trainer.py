@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import distill_nb.files, distill_nb.trainer
@@ -15,7 +16,8 @@ from distill_nb.projection import ProjectionHead
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, weights_sha256
 from distill_nb.distiller import Distiller
 from distill_nb.monitor import KLMonitor, token_mean
-from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, Stage, held_out, train_distillation
+from distill_nb.shard import collect
+from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, held_out, train_distillation
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -85,20 +87,28 @@ def kill(root):
     for w in SAVES: assert in_child(lambda: in_save(w))==signal.SIGKILL, w
 
 def two(root):
-    "Script for torchrun: the same run, its windows shared by two processes; then one that breaks off and goes on"
-    def run(name, **kw): return make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, **kw)
+    "Script for torchrun: the same run, its windows shared by two processes; then one that breaks off and goes on. With copies of the weights, and with shares"
+    def run(name, **kw):
+        tr = make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, **kw)
+        tr.callbacks = [watch(tr), KeepBest(), *tr.callbacks]
+        return tr
     class Breaks(Callback):
         def after_step(self, tr):
             if tr.recorder.rows[-1]['step']==7: raise KeyboardInterrupt
-    tr = run('two')
-    tr.fit()
-    assert tr.accelerator.num_processes==2
-    with pytest.raises(KeyboardInterrupt): run('broken', callbacks=[Breaks()]).fit()
-    again = run('broken')
-    torch.manual_seed(99)
-    assert 'resuming after step 6 of 12' in fit(again) or not again.accelerator.is_main_process
-    assert again.recorder.rows==tr.recorder.rows
-    for n,p in tr.names.items(): assert torch.equal(again.names[n], p), n
+    def same(name, tr, broken, resumed):
+        with pytest.raises(KeyboardInterrupt): run(name, shard=broken, callbacks=[Breaks()]).fit()
+        again = run(name, shard=resumed)
+        torch.manual_seed(99)
+        assert 'resuming after step 6 of 12' in fit(again) or not again.accelerator.is_main_process
+        if broken==resumed: assert again.recorder.rows==tr.recorder.rows
+        for n,p in tr.names.items(): torch.testing.assert_close(collect(again.names[n]), collect(p), rtol=0, atol=0 if broken==resumed else 1e-9)
+    for name,shard in (('copies', False), ('shares', True)):
+        tr = run(name, shard=shard)
+        tr.fit()
+        assert tr.accelerator.num_processes==2 and isinstance(next(iter(tr.names.values())), DTensor)==shard
+        tr.save_student(root/f'{name}-student')
+        same(f'{name}-broken', tr, shard, shard)
+    same('copies-to-shares', tr, False, True)
 
 @pytest.fixture(scope='module')
 def root():
@@ -223,26 +233,40 @@ def test_accumulation_in_the_trainer(root, last):
         for n,p in runs[0].names.items(): torch.testing.assert_close(tr.names[n], p, rtol=0, atol=1e-6)
         assert [r['n_tokens'] for r in tr.recorder.rows]==[r['n_tokens'] for r in runs[0].recorder.rows]
 
-def test_two_processes_are_one(root):
-    "And one that was broken off and resumed: dropout is the same, whoever draws it and when"
+@pytest.fixture(scope='module')
+def together(root):
     env = os.environ|dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
     run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29617', __file__, 'two', str(root)]
     out = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
     one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3)
+    one.callbacks = [watch(one), KeepBest()]
     one.fit()
+    return one
+
+@pytest.mark.parametrize('name', ('copies', 'shares'))
+def test_two_processes_are_one(name, root, together):
+    "And one that was broken off and resumed: dropout is the same, whoever draws it and when"
+    tr = make(root, name, dtype=torch.float64, accum_steps=1, indices=range(16), save_every=6)
+    with pytest.raises(ValueError, match='other stages, data or settings'): tr.fit()
+    (t,meta),(best,_) = load_tensors(tr.checkpoints()[0]),load_tensors(tr.out/'best.safetensors')
+    assert meta['step']==12 and all(t[f'param.{n}'].shape==p.shape for n,p in together.names.items())
+    assert LlamaForCausalLM.from_pretrained(root/f'{name}-student', dtype=torch.float64).state_dict().keys()==together.distiller.student.state_dict().keys()
+    for n,p in LlamaForCausalLM.from_pretrained(root/f'{name}-student', dtype=torch.float64).named_parameters(): torch.testing.assert_close(best[f'student.{n}'], p, rtol=0, atol=1e-7)
+    for n,p in together.names.items(): torch.testing.assert_close(best[n], p, rtol=0, atol=1e-5)
+    for a,b in zip(together.recorder.rows, meta['rows'], strict=True):
+        assert (a['step'], a['n_tokens'], a['trains'])==(b['step'], b['n_tokens'], b['trains'])
+        assert all(abs(a[k]-b[k])<1e-5 for k in ('kl', 'grad_norm', 'heldout_kl') if k in a or k in b)
+        assert sorted(e[0] for e in a['examples'])==sorted(e[0] for e in b['examples'])
+
+def test_dropout_is_on_in_these_runs(root, together):
     dry = make(root, 'dry', dtype=torch.float64, indices=range(16), save_every=6, stages=[Stage('logits', 1)])
     dry.fit()
-    assert dry.recorder.rows[0]['kl']!=one.recorder.rows[0]['kl']
-    tr = make(root, 'two', dtype=torch.float64, accum_steps=1, indices=range(16), save_every=6)
-    with pytest.raises(ValueError, match='other stages, data or settings'): tr.fit()
-    t,meta = load_tensors(tr.checkpoints()[0])
-    assert meta['step']==12
-    for n,p in one.names.items(): torch.testing.assert_close(t[f'param.{n}'], p, rtol=0, atol=1e-5)
-    for a,b in zip(one.recorder.rows, meta['rows'], strict=True):
-        assert (a['step'], a['n_tokens'], a['trains'])==(b['step'], b['n_tokens'], b['trains'])
-        assert abs(a['kl']-b['kl'])<1e-5 and abs(a['grad_norm']-b['grad_norm'])<1e-5
-        assert sorted(e[0] for e in a['examples'])==sorted(e[0] for e in b['examples'])
+    assert dry.recorder.rows[0]['kl']!=together.recorder.rows[0]['kl']
+
+@pytest.mark.parametrize('how', (dict(mixed_precision='fp16'), dict(optimizer=adamw8bit)))
+def test_what_cannot_be_shared_out_is_refused(how, root):
+    with pytest.raises(ValueError, match='shard=True works with'): make(root, 'refused', shard=True, **how)
 
 def test_transformers_trainer_has_the_same_gradients(root, tmp_path):
     from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -1,5 +1,5 @@
 "The workshop, done by a participant: each check refuses the open exercise and the usual mistakes, says why, and accepts the solution"
-import ast, contextlib, io, json, os, re, shutil, subprocess, sys, tomllib
+import ast, contextlib, io, json, os, re, subprocess, sys, tomllib
 from pathlib import Path
 
 import matplotlib, pytest, torch
@@ -133,21 +133,31 @@ def test_howto_runs_as_printed(p, tmp_path, monkeypatch):
     assert (found := blocks(p, 'python'))
     for s in found: say(s, {'__name__': '__main__'})
 
-def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
-    cache,train = blocks(ROOT/'nbs/howto/two_gpus.md', 'python')
-    line = next(l for l in blocks(ROOT/'nbs/howto/two_gpus.md', 'sh')[0].splitlines() if l.startswith('ACCELERATE'))
-    monkeypatch.chdir(tmp_path)
-    for s in (cache, train): say(s, {'__name__': '__main__'})
-    one = Path('two/run/history.jsonl').read_text().splitlines()
-    shutil.rmtree('two/run')
-    Path('train.py').write_text(train)
-    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', OMP_NUM_THREADS='1')
-    said = subprocess.run(line, shell=True, check=True, capture_output=True, text=True, env=env).stdout
-    assert '2 processes' in said
-    two = Path('two/run/history.jsonl').read_text().splitlines()
-    assert len(one)==len(two)==4
-    for a,b in zip(map(json.loads, one), map(json.loads, two)):
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "The scripts of the page about two GPUs, by one process and by two: what they printed, and where they ran"
+    (cache,train,tensor),d,said = blocks(ROOT/'nbs/howto/two_gpus.md', 'python'),tmp_path_factory.mktemp('two'),{}
+    lines = [l.split('#')[0].strip() for b in blocks(ROOT/'nbs/howto/two_gpus.md', 'sh') for l in b.splitlines() if l.startswith('torchrun')]
+    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='')
+    for n,s in dict(cache=cache, train=train, tensor=tensor).items(): (d/f'{n}.py').write_text(s)
+    for l in ('python cache.py', 'python train.py', *lines, 'python tensor.py'):
+        out = subprocess.run(l, shell=True, cwd=d, capture_output=True, text=True, env=env)
+        assert out.returncode==0, out.stderr[-3000:]
+        said[l] = out.stdout
+        if 'train' in l: (d/'two/run').rename(d/l)
+    return said,d
+
+@pytest.mark.parametrize('how', ('', ' shares'))
+def test_two_processes_take_the_steps_of_one(two, how):
+    line = f'torchrun --nproc_per_node 2 train.py{how}'
+    one,both = ([json.loads(o) for o in (two[1]/l/'history.jsonl').read_text().splitlines()] for l in ('python train.py', line))
+    assert len(one)==len(both)==4 and '2 processes' in two[0][line]
+    for a,b in zip(one, both):
         assert a['n_tokens']==b['n_tokens'] and abs(a['kl']-b['kl'])<1e-4*a['kl'] and abs(a['grad_norm']-b['grad_norm'])<1e-3*a['grad_norm']
+
+def test_matrices_in_two_parts_give_the_loss_of_whole_ones(two):
+    one,both = ([float(o) for o in two[0][l].split()] for l in ('python tensor.py', 'torchrun --nproc_per_node 2 tensor.py'))
+    assert len(one)==4 and one[-1]<one[0] and one==pytest.approx(both, rel=1e-4)
 
 def test_howto_yaml_is_a_configuration(tmp_path):
     (tmp_path/'o.yaml').write_text(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0])
