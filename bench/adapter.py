@@ -22,6 +22,8 @@ from distill_nb.synthesis import pad
 from distill_nb.trainer import adamw
 from loss import machine, write
 
+LOST = .05 # Nats to the teacher that an adapter may cost
+
 def batch_of(tok, items):
     "Question and right answer; only the answer is a target"
     rows = [split_ids(tok, o.context, o.choices[o.answer]) for o in items]
@@ -53,7 +55,9 @@ def main():
     cache,items = TeacherCache(run/'cache'),load_items('sciq', a.train+a.judged)
     seen,asked,held = items[:a.train],items[a.train:],cache.select(split='heldout')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(run/'model', dtype=torch.float32)
-    ways = {'student': (lambda m: m, 0, 0.), 'LoRA adapter': (add_lora, a.steps, 1e-3), 'all weights, small steps': (lambda m: m, a.steps, 2e-5), 'all weights': (lambda m: m, a.steps, 2e-4)}
+    same = lambda m: m
+    ways = {'student': (same, 0, 0.), 'LoRA adapter': (add_lora, a.steps, 1e-3), 'LoRA adapter, small steps': (add_lora, a.steps, 1e-4),
+        'all weights, small steps': (same, a.steps, 2e-5), 'all weights': (same, a.steps, 2e-4)}
     res = {}
     for name,(prepare,steps,lr) in ways.items():
         model,start = prepare(fresh()),time.process_time()
@@ -69,7 +73,11 @@ def main():
         more = ('', '') if k=='student' else ('{diff:+.3f} ({stderr:.3f})'.format(**d), '{diff:+.3f} ({low:+.3f} to {high:+.3f})'.format(**e))
         lines.append(f"| {k} | {n/1e6:.1f} M | {lr:g} | {s:.0f} | {acc['accuracy']:.3f} | {more[0]} | {kl.kl:.3f} | {more[1]} |")
     what = f"The student of `{a.run}`, {a.steps} steps of 8 SciQ questions out of {a.train}, judged on {a.judged} others and on {len(held)} held-out prompts of the distillation. KL(teacher || student), nats per target token."
-    text = '\n\n'.join(['## Adapter', what, f'Machine: {machine()}.', '\n'.join(lines)])
+    learned = [k for k,(*_,acc,_) in res.items() if k!='student' and (d := versus(acc, acc0))['diff']>2*d['stderr']]
+    kept = [k for k in learned if better(kl0, res[k][4])['high']<LOST]
+    verdict = (f"Learned the task, by two standard errors: {', '.join(learned) or 'none'}. Of these, {', '.join(kept) or 'none'} kept what was distilled: "
+        f'the interval of what was lost ends below {LOST:g} nats.')
+    text = '\n\n'.join(['## Adapter', what, f'Machine: {machine()}.', '\n'.join(lines), verdict])
     print(text)
     write(text)
 

@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
 """Size, error and reading speed of every codec of the teacher cache, on text that none of them was fitted to.
 
-usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192] [--distillkit FOLDER] [--no-write]
+usage: cache.py [--quick] [--answers 64] [--tokens 128] [--rows 8192] [--teacher FOLDER] [--distillkit FOLDER] [--no-write]
 
 The default teacher answers training prompts, on which the codecs are fitted, and held-out prompts of the same families and of others, on which they
 are judged. Prints Markdown tables and then one line per bar, `BAR name value limit ok|short`, writes both as the sections "Cache" and "DistillKit's store" of RESULTS.md, and exits 1 if one
 is short. `--quick` calibrates on a fifth, and writes nothing.
-Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five, in slices of 512 rows as a loader reads them.
+Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five: in slices of 512 rows, from memory, and as a trainer reads them,
+from the files of a cache in batches of four texts. Top-k of 188 takes as many bytes as int8 hidden states. With `--teacher` the same of another model and its tokenizer; that is printed and not written.
 
 DistillKit's store, with the two settings that its README names, is on the same page: by its published rule, and where FOLDER is a checkout of
 https://github.com/arcee-ai/DistillKit by its own code too. It knows no temperature; its losses divide the stored log-probabilities by T, and so does this.
 """
-import argparse, math, platform, re, sys, time
+import argparse, math, platform, re, sys, tempfile, time
 from pathlib import Path
 
 import torch
 
 from distill_nb.codecs import kl_nats, mean_kl
 from distill_nb.sparse import Counts, fit_all
+from distill_nb.stages import score_cache
 from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, head_of, load_prompts, pad
 from loss import write
 
 STORES = (('bf16', {}), ('fp16', {}), ('fp8', {}), ('int8', {}), *(('transform', dict(nats=o)) for o in (1e-3, 1e-2, 5e-2)),
-    *(('topk', dict(k=o)) for o in (16, 64, 256)), ('sampled', dict(nbytes=36)))
+    *(('topk', dict(k=o)) for o in (16, 64, 188, 256)), ('sampled', dict(nbytes=36)))
 TS,SLICE = (1, 2, 4),512
 DISTILLKIT = dict(recommended=(128, 16, (0, 1, 2, 3, 4, .5)), budget=(50, 1, (0, 1, .5)))
 
@@ -130,15 +132,28 @@ def speeds(fitted, h, head, rows):
         if k.startswith('transform'): res[k+' levels'] = rate(lambda a, b: c.levels(many, a, b), rows)
     return res
 
+def from_disk(teacher, exs, root):
+    "Target tokens per second from the files of a cache to the batches of a trainer, four texts each"
+    res,texts = {},[dict(input_ids=e['input_ids'], prompt_len=e['prompt_len']) for e in exs]
+    for name,how in dict(bf16={}, int8=dict(dtype='int8'), transform=dict(codec='transform'), topk=dict(codec='topk', k=64)).items():
+        c = score_cache(teacher, [dict(prompt='')]*len(exs), texts, root/name, **how)
+        c.stats() # opens and verifies every shard
+        batches = torch.randperm(len(c), generator=torch.Generator().manual_seed(0)).split(4)
+        def _f(a, b):
+            for o in batches: c.collate([c[i] for i in o.tolist()])
+        res[name] = rate(_f, SLICE)/SLICE*sum(len(e['input_ids'])-e['prompt_len'] for e in texts)
+    return res
+
 def bars(res, added, ratio, speed):
     "Name, value, limit, and whether it holds"
     most = lambda k, i: max(r[k][i] for r in res.values())
     yield from (('int8 bytes', most('int8', 0), 600), *((f'int8 nats T={T}', most('int8', i), 7e-4) for i,T in enumerate(TS, 1)))
-    for k,limit in (('0.001', 400), ('0.01', 280), ('0.05', 205)): yield f'transform {k} bytes', most(f'transform {k}', 0), limit
+    for k,limit in (('0.001', 400), ('0.01', 280), ('0.05', 205)):
+        yield f'transform {k} bytes', most(f'transform {k}', 0), limit
+        yield f'transform {k} nats, T=2 and 4 over T=1', max(max(r[f'transform {k}'][2:])/r[f'transform {k}'][1] for r in res.values()), 1
     for name,r in res.items():
-        l = r['transform 0.01'][1:]
-        yield from ((f'transform 0.01 {name} nats above', l[0], 1.3e-2), (f'transform 0.01 {name} nats below', l[0], 0.7e-2, '>='))
-        yield f'transform 0.01 {name} nats T=2 and 4', max(l[1:]), l[0]
+        l = r['transform 0.01'][1]
+        yield from ((f'transform 0.01 {name} nats above', l, 1.3e-2), (f'transform 0.01 {name} nats below', l, 0.7e-2, '>='))
     yield from (('topk 64 bytes', most('topk 64', 0), 208), ('topk 64 quantisation nats', added, 1e-4))
     yield from (('sampled bytes', most('sampled 36', 0), 42), ('sampled noise ratio', ratio, .5))
     yield 'topk 64 tokens/s', speed['topk 64'], 1e6, '>='
@@ -156,8 +171,12 @@ def rows(split, h, res):
 
 def table(lines): return '\n'.join(['| text | codec | bytes | nats, T=1 | T=2 | T=4 |', '|---|---|---|---|---|---|', *lines])
 
-SPEEDS = 'Speeds are millions of tokens per second of CPU time, read in slices of 512 rows as fp32; *levels* are the integers of the transform, for a folded head.'
-PEERS = """The largest log-probabilities with the two settings that DistillKit's README names, on the answers of the section "Cache": by the rule it publishes (some in bf16, the others a least-squares curve of their rank, ids in the bits of the vocabulary) and by the code of its repository, commit a61c2e7. What is stored falls short of 1; its losses take that as one outcome more, which is raised to the power 1/T with the rest. Here it is spread evenly over the ids that are not stored. KL(teacher || store), nats per token; `cache.py --distillkit FOLDER` prints these rows."""
+SPEEDS = """Speeds are millions of tokens per second of CPU time, read in slices of 512 rows as fp32; *levels* are the integers of the transform, for a folded head.
+From disk: target tokens, in shuffled batches of four texts, everything that a batch needs."""
+PEERS = """The largest log-probabilities with the two settings that DistillKit's README names, on the answers of the section "Cache": by the rule it publishes
+(some in bf16, the others a least-squares curve of their rank, ids in the bits of the vocabulary) and by the code of its repository, commit a61c2e7.
+What is stored falls short of 1; its losses take that as one outcome more, which is raised to the power 1/T with the rest. Here it is spread evenly over the ids
+that are not stored. KL(teacher || store), nats per token; `cache.py --distillkit FOLDER` prints these rows."""
 
 def machine():
     cpu = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
@@ -167,6 +186,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(answers=64, tokens=128, rows=8192).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--quick', action='store_true', help='calibrate on 24 answers of 64 tokens, print only')
+    p.add_argument('--teacher', help='folder of another model; default: the embedded one')
     p.add_argument('--distillkit', help='a checkout of DistillKit')
     p.add_argument('--no-write', action='store_true', help='print only')
     a = p.parse_args()
@@ -174,11 +194,13 @@ def main():
     if a.distillkit:
         sys.path.append(a.distillkit)
         rivals['by its code'] = their_own
-    if a.quick: a.answers,a.tokens,a.no_write = 24,64,True
+    if a.quick: a.answers,a.tokens = 24,64
+    if a.quick or a.teacher: a.no_write = True
     torch.set_num_threads(1)
-    teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
+    teacher = TeacherSynthesizer(a.teacher or embedded_teacher(), device='cpu', dtype=torch.float32)
     head = head_of(teacher.model)
-    _,h = asked(teacher, 'train', a.answers, a.tokens)
+    train,h = asked(teacher, 'train', a.answers, a.tokens)
+    with tempfile.TemporaryDirectory() as d: disk = from_disk(teacher, train, Path(d))
     text = {s: asked(teacher, s, 8, a.tokens//2) for s in ('heldout', 'ood')}
     fitted,res,theirs = fit_all(h, head, STORES, TS),{},[]
     for s,(_,x) in text.items():
@@ -190,9 +212,11 @@ def main():
     n,ours,draws = noise(fitted['sampled 36'], x, student_states(teacher, exs), head)
     speed = speeds(fitted, x, head, a.rows)
     fine,bar = said(bars(res, added, ours/draws, speed))
-    mine = '\n\n'.join(['## Cache', f'Codecs fitted on {len(h):,} tokens. Machine: {machine()}.', table([o for s,(_,x) in text.items() for o in rows(s, x, res[s])]),
+    read = speed | {f'{k}, from disk to batches': v for k,v in disk.items()}
+    own = table([o for s,(_,x) in text.items() for o in rows(s, x, res[s])])
+    mine = '\n\n'.join(['## Cache', f'Codecs fitted on {len(h):,} tokens. Machine: {machine()}.', own,
         f'Loss noise on the teacher without six blocks: threshold sampling {ours:.3f} nats, {n} draws with replacement in the same bytes {draws:.3f}.',
-        '\n'.join(['| read | million tokens/s |', '|---|---|', *(f'| {k} | {v/1e6:.2f} |' for k,v in speed.items())]), SPEEDS, bar])
+        '\n'.join(['| read | million tokens/s |', '|---|---|', *(f'| {k} | {v/1e6:.2f} |' for k,v in read.items())]), SPEEDS, bar])
     peers = '\n\n'.join(["## DistillKit's store", PEERS, f'Machine: {machine()}.', table(theirs)])
     print(mine, peers, sep='\n\n')
     if not a.no_write:

@@ -23,7 +23,7 @@ from loss import write
 import distill_nb.cache as dc
 from distill_nb.cache import build_cache
 from distill_nb.shards import read_rows
-from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prompts, pad, trim
+from distill_nb.synthesis import TeacherSynthesizer, by_tokens, embedded_teacher, load_prompts, pad, trim
 
 SHARD = 64
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
@@ -64,8 +64,8 @@ def recipe(teacher, prompts, n, folder):
 def forward(teacher, exs, head):
     "Forward passes in the batches of `build_cache`, with the output head or without"
     for part in chunked(exs, SHARD):
-        for o in chunked(sorted(part, key=lambda e: len(e['input_ids'])), 16):
-            x,mask = pad([e['input_ids'] for e in o])
+        for idx in by_tokens([len(e['input_ids']) for e in part], 2048):
+            x,mask = pad([part[i]['input_ids'] for i in idx])
             if head: teacher.model(input_ids=x, attention_mask=mask, use_cache=False)
             else: teacher.score(x, mask)
 

@@ -8,7 +8,7 @@ before the clock starts, as a cache would hold them. With FOLDER, where `pip ins
 30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
 Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
 takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.
-Seconds are of the third step, in memory that stays with the process, for every contender: the price of fresh pages changes from machine to machine and hour to hour. Linux only.
+Seconds are the median of three later steps, in memory that stays with the process, for every contender: the price of fresh pages changes from machine to machine and hour to hour. Linux only.
 """
 import argparse, json, os, subprocess, sys, time
 from collections import defaultdict
@@ -113,7 +113,7 @@ def step_fn(a, kind, model):
     return prepare
 
 def one(a):
-    "A small step that makes the optimizer's state, one whose memory is measured, one that warms up, and one that is timed"
+    "A small step that makes the optimizer's state, one whose memory is measured, one that warms up, and three that are timed"
     torch.set_num_threads(1)
     prepare = step_fn(a, a.one, student(a.layers))
     prepare(1, 8)()
@@ -124,9 +124,11 @@ def one(a):
     peak = status('VmHWM')-before
     with kept_memory():
         step()
-        start = time.process_time()
-        step()
-        print(json.dumps(dict(s=time.process_time()-start, mib=peak)))
+        spent = [time.process_time()]
+        for _ in range(3):
+            step()
+            spent.append(time.process_time())
+    print(json.dumps(dict(s=median(b-a for a,b in zip(spent, spent[1:])), mib=peak)))
 
 def spawn(a, kind, length):
     args = [sys.executable, __file__, '--batch', str(a.batch), '--lengths', str(length), '--layers', str(a.layers), '--k', str(a.k), '--one', kind]

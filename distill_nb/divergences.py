@@ -171,7 +171,7 @@ def kl_(self:TopK, # Target
     s = _times_(z, 1/T).gather(-1, ids)
     i = _top(z.scatter_(-1, ids, -torch.inf))
     none = z.gather(-1, i[:,None])[:,0]==-torch.inf
-    z[none] = 0.
+    if none.any(): z[none] = 0.
     top,log_q = _softmax_(z, z, i)
     agree = (s.argmax(-1)==t.argmax(-1)) & ((s.amax(-1)>=top) | none)
     log_p,log_t = _with_tail(s, (top - log_q).masked_fill(none, -torch.inf)), _with_tail(t, tail)
