@@ -136,7 +136,7 @@ def from_disk(teacher, exs, root):
     "Target tokens per second from the files of a cache to the batches of a trainer, four texts each"
     res,texts = {},[dict(input_ids=e['input_ids'], prompt_len=e['prompt_len']) for e in exs]
     for name,how in dict(bf16={}, int8=dict(dtype='int8'), transform=dict(codec='transform'), topk=dict(codec='topk', k=64)).items():
-        c = score_cache(teacher, [dict(prompt='')]*len(exs), texts, root/name, **how)
+        c = score_cache(teacher, [dict(prompt=str(i)) for i in range(len(exs))], texts, root/name, **how)
         c.stats() # opens and verifies every shard
         batches = torch.randperm(len(c), generator=torch.Generator().manual_seed(0)).split(4)
         def _f(a, b):
