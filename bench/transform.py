@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a student loses whose teacher was kept by the codec `transform`, at several numbers of nats, against bf16 hidden states.
 
-usage: transform.py [--out build/transform] [--nats .01 .05 .2] [--layers 20] [--steps 40] [--seeds 3] [--train 160] [--judged 48] [--no-write]
+usage: transform.py [--out build/transform] [--nats .01 .05 .2] [--layers 20] [--refit 64] [--steps 40] [--seeds 3] [--train 160] [--judged 48] [--no-write]
 
 Teacher, students, texts, order and judging are those of ablation.py; the runs of a seed differ in the store alone. Each run is kept as a file in
 `--out`, and a second call goes on where the first was stopped. Writes the section "Transform" of RESULTS.md, with one line per bar,
@@ -59,7 +59,7 @@ def bars(a, res, kept):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for k,v in dict(layers=20, steps=40, seeds=3, train=160, judged=48).items(): p.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(layers=20, refit=64, steps=40, seeds=3, train=160, judged=48).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--nats', type=float, nargs='+', default=[.01, .05, .2])
     p.add_argument('--out', default='build/transform')
     p.add_argument('--no-write', action='store_true', help='print only')
@@ -71,7 +71,7 @@ def main():
         runs = Stores(a)
         before,res = runs.all()
         kept = runs.kept()
-    what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, judged on '
+    what = (f'The embedded teacher, {a.layers} of its 30 layers, gaps refitted on {a.refit} answers, {a.steps} steps of 4 sequences (responses of at most {TOKENS} tokens), {a.seeds} seeds, judged on '
         f'{a.judged} held-out prompts and {a.judged} out of distribution, against the teacher itself. The runs of a seed differ in the store alone. KL(teacher || student) at T=1, nats per target token.')
     fine,bar = said(bars(a, res, kept))
     text = '\n\n'.join(['## Transform', what, f'Machine: {machine()}.', table(before, res, kept), bar])

@@ -449,8 +449,9 @@ def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such
 ): # One of the same kind, the rows of all
     "Rows of several examples as one"
     if isinstance(parts[0], tuple): return type(parts[0])(*map(join, zip(*parts)))
-    wide = max(o.shape[-1] for o in parts) if parts[0].dim()>1 else 0
-    return torch.cat([F.pad(o, (0, wide-o.shape[-1])) if o.dim()>1 else o for o in parts])
+    if parts[0].dim()==1 or len({o.shape[-1] for o in parts})==1: return torch.cat(parts)
+    wide = max(o.shape[-1] for o in parts)
+    return torch.cat([F.pad(o, (0, wide-o.shape[-1])) for o in parts])
 
 # %% ../nbs/00e_cache.ipynb #fb6d0e42
 def _inner_batch(exs, where):
