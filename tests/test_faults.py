@@ -2,7 +2,7 @@
 
 | what goes wrong | where it is tested |
 |---|---|
-| 1. kill -9 inside write, fsync and rename | `test_killed_at_any_point_and_resumed`, `test_leftovers_are_swept`, `test_flushed_then_renamed` |
+| 1. kill -9 inside write, fsync and rename | `test_killed_at_any_point_and_resumed`, `test_killed_while_the_plan_grows`, `test_leftovers_are_swept`, `test_flushed_then_renamed` |
 | 2. SIGTERM or keyboard interrupt | `test_interrupted_in_the_middle_of_a_shard`, `test_terminated` |
 | 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Tensors |
 | 4. a bit flipped in a shard | `test_a_flipped_bit_in_a_shard_is_found_before_its_rows` |
@@ -154,6 +154,18 @@ def test_killed_at_any_point_and_resumed(teacher, whole, tmp_path):
             shutil.rmtree(d)
     kinds = set(os.read(r, 9999).decode().split())
     assert code==0 and kills>=20 and kinds==set(points), (code, kills, kinds)
+
+@pytest.mark.parametrize('kind', ['write', 'fsync', 'rename', 'renamed'])
+def test_killed_while_the_plan_grows(teacher, whole, cut, kind):
+    "The plan is that of before or the new one, and never half of it"
+    more = [*ROWS, 'Say m and m.']
+    def run():
+        Reaper(kind, 1, os.open(os.devnull, os.O_WRONLY)).arm()
+        build_cache(teacher, more, cut, **KW)
+    assert status(forked(run))==-signal.SIGKILL
+    assert len(TeacherCache(cut, partial=True))==12
+    assert len(build_cache(teacher, more, cut, **KW))==13
+    assert {k: v for k,v in tree(cut).items() if k in tree(whole) and k!='manifest.json'}=={k: v for k,v in tree(whole).items() if k!='manifest.json'}
 
 def test_leftovers_are_swept(teacher, whole, cut):
     "Also those of what is whole, each by the process whose work it was"
