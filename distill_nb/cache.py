@@ -7,10 +7,10 @@ Docs: https://example.org/distill_nb/cache.html.md"""
 # %% auto #0
 __all__ = ['SCHEMA', 'LATER', 'PATIENCE', 'OPEN', 'make_manifest', 'shard_path', 'load_manifest', 'check_manifest', 'in_terms_of',
            'save_tokenizer', 'load_tokenizer', 'estimate_size', 'build_cache', 'check_shard', 'TeacherCache', 'join',
-           'repair_cache']
+           'verify_cache', 'repair_cache']
 
 # %% ../nbs/00e_cache.ipynb #279d3cee
-import contextlib, os, re, shutil, time
+import contextlib, re, shutil, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from .codecs import kl_nats, mean_kl
-from .files import CacheError, _full, _held, _lock, _own, _room, canonical, check_tensors, claim, this_job
+from .files import CacheError, _flush, _full, _held, _lock, _own, _room, canonical, check_tensors, claim, this_job
 from .files import load_json, load_tensors, open_tensors, save_json, save_tensors, sha256_json
 from .shards import _codec_class, _codes, _is_map, _pack, as_rows, check_head, check_stored, codec_of, codec_settings
 from .shards import fit_settings, fitting, gives, how_many, read_rows, repeat_rows, score_rows
-from .synthesis import Head, TeacherSynthesizer, head_of, inside, pad, tokenizer_sha256
+from .sparse import Counts, SparseLogits, high_bits, unpack_ids
+from .synthesis import Head, TeacherSynthesizer, by_tokens, head_of, inside, pad, tokenizer_sha256
 
 # %% ../nbs/00e_cache.ipynb #950b27e8
 SCHEMA = 4
@@ -129,12 +130,13 @@ def save_tokenizer(tok, # A fast tokenizer
 ):
     "Store a tokenizer, flushed to disk"
     to = path/'tokenizer'
+    for p in (to, *to.glob('*')):
+        if p.is_symlink(): p.unlink()
     try: tok.save_pretrained(to)
     except Exception as e:
         if not _full(e): raise
         raise CacheError(_room(to, 2**22)) from e
-    for p in to.iterdir():
-        with open(p, 'rb') as f: os.fsync(f.fileno())
+    for p in (*to.iterdir(), to): _flush(p)
 
 # %% ../nbs/00e_cache.ipynb #31316285
 def load_tokenizer(path:Path, # Cache folder
@@ -163,7 +165,7 @@ def _split(exs, h): return h.split([len(e['input_ids'])-e['prompt_len'] for e in
 def _save_codec(teacher, exs, h, path, m):
     "Check the head on the four shortest; unless they are stored already, fit the codec on the first shard's `h` and store both"
     cls,head,few = _codec_class(m),head_of(teacher.model),sorted(range(len(exs)), key=lambda i: len(exs[i]['input_ids']))[:4]
-    check_head(teacher, [exs[i] for i in few], gives(cls), [_split(exs, h)[i] for i in few])
+    check_head(teacher, [exs[i] for i in few], [_split(exs, h)[i] for i in few])
     with contextlib.suppress(CacheError): return check_tensors(path/'codec.safetensors')
     t = head._asdict() | cls.fit(h, head, **{k: m[k] for k in fit_settings(cls) if k in m})._asdict()
     save_tensors({k: v for k,v in t.items() if v is not None}, path/'codec.safetensors')
@@ -269,6 +271,15 @@ def _said(teacher, rows, i, m, batch_size):
     if 'hidden' in exs[0]: return exs,torch.cat([e['hidden'] for e in exs]),{k: torch.cat([e['layers'][k] for e in exs]) for k in layers}
     return exs,*score_rows(teacher, exs, layers, **inner, tokens=m.get('score_tokens', 2048))
 
+# %% ../nbs/00e_cache.ipynb #ffa81e5d
+def _check(teacher, exs, h, t, codec, where, i, m):
+    "Raise `CacheError` where tensors `t` of shard `i` do not give back what the teacher says"
+    few = [i%len(exs)] if i else by_tokens([len(e['input_ids']) for e in exs], 2048)[0]
+    at = [0]+torch.tensor([*map(_count, exs)]).cumsum(0).tolist()
+    said = [codec.decode(t, at[k], at[k+1]) for k in few]
+    if not isinstance(said[0], (Tensor, SparseLogits, Counts)): said = [h[at[k]:at[k+1]] for k in few]
+    check_stored(teacher, [exs[k] for k in few], said, where, m.get('nats', 0), getattr(codec, 'temperatures', torch.ones(1)).tolist())
+
 # %% ../nbs/00e_cache.ipynb #cc9f05a9
 def _build_shard(teacher, rows, path, i, m, batch_size):
     "Write or read, score and pack shard `i`: its tokens, and what stores it; shard 0 also calibrates and stores the codec"
@@ -276,10 +287,8 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     if i==0: _save_codec(teacher, exs, h, path, m)
     if (job := this_job()).rank: _wait(path, job, lambda: [] if _done(path/'codec.safetensors') else [0])
     codec = codec_of(m, load_tensors(path/'codec.safetensors')[0])
-    t,k = _pack(exs, h, extra, codec, head_of(teacher.model)),i%len(exs)
-    a = sum(map(_count, exs[:k]))
-    said = codec.decode(t, a, a+_count(exs[k])) if gives(codec) in ('hidden', 'logits') else _split(exs, h)[k]
-    check_stored(teacher, exs[k], said, shard_path(path, i), m.get('nats', 0))
+    t = _pack(exs, h, extra, codec, head_of(teacher.model))
+    _check(teacher, exs, h, t, codec, shard_path(path, i), i, m)
     return len(h),partial(save_tensors, t, shard_path(path, i), dict(rows=rows) | (dict(left_out=bad) if bad else {}))
 
 # %% ../nbs/00e_cache.ipynb #12a792a8
@@ -363,6 +372,13 @@ def _fill(teacher, rows, path, m, batch_size, progress):
     _build_missing(teacher, {i: r for i,r in parts.items() if i%job.size==job.rank}, path, m, batch_size, progress and job.rank==0)
     _wait(path, job, lambda: _owing(path, m, job.size))
 
+# %% ../nbs/00e_cache.ipynb #cf04c312
+def _largest(f, vocab):
+    "The largest id that an open shard names, in its tokens or in a sparse store"
+    t = {k: f.get_tensor(k) for k in ('input_ids', 'ids', 'high') if k in f.keys()}
+    kept = [unpack_ids(t['ids'], t.get('high'), high_bits(vocab))] if 'ids' in t else []
+    return max(o.max() for o in (t['input_ids'], *kept))
+
 # %% ../nbs/00e_cache.ipynb #71ae175c
 def check_shard(path:Path, # Cache folder
     m:dict, # Manifest
@@ -378,7 +394,7 @@ def check_shard(path:Path, # Cache folder
     if (lack := {'input_ids', 'lens', 'prompt_lens'}-set(f.keys())): raise CacheError(f'{p}: lacks {sorted(lack)}')
     ids,L,P = (f.get_tensor(k).long() for k in ('input_ids', 'lens', 'prompt_lens'))
     if not (len(L)==len(P)==s['n']-len(out)==len(rows) and L.sum()==len(ids) and ((0<P)&(P<L)).all()): raise CacheError(f'{p}: its lengths do not add up')
-    if ids.min()<0 or ids.max()>=V: raise CacheError(f'{p}: a token id lies outside the vocabulary of {V}')
+    if ids.min()<0 or not seen and _largest(f, V)>=V: raise CacheError(f'{p}: a token id lies outside the vocabulary of {V}')
     starts = lambda o: [0]+o.cumsum(0).tolist()
     return f,P.tolist(),starts(L),starts(L-P),rows,starts((L-P)*P+(L-P)*(L-P-1)//2)
 
@@ -490,7 +506,7 @@ def collate(self:TeacherCache,
 # %% ../nbs/00e_cache.ipynb #3d1a1db4
 def _damage(path, m):
     "Message for each part of a cache that is not whole: 'tokenizer', 'codec', or the number of a shard"
-    checks = {'tokenizer': partial(load_tokenizer, path, m), 'codec': partial(check_tensors, path/'codec.safetensors')}
+    checks = {'tokenizer': partial(load_tokenizer, path, m), 'codec': partial(load_tensors, path/'codec.safetensors')}
     checks |= {i: partial(check_shard, path, m, i) for i in range(len(m['shards']))}
     bad = {}
     for k,check in checks.items():
@@ -498,10 +514,16 @@ def _damage(path, m):
         except CacheError as e: bad[k] = str(e)
     return bad
 
+def verify_cache(path:str|Path, # Folder of a cache, also of one that cannot be opened
+)->list[str]: # One message for each damaged file; empty if all is well
+    "Check every byte of a cache; raises `CacheError` where its manifest is damaged, without which nothing is known"
+    return list(_damage(Path(path), load_manifest(Path(path))).values())
+
+# %% ../nbs/00e_cache.ipynb #760ca229
 @patch
 def verify(self:TeacherCache)->list[str]: # One message for each damaged file; empty if all is well
     "Check every byte of the cache"
-    return list(_damage(self.path, self.manifest).values())
+    return verify_cache(self.path)
 
 # %% ../nbs/00e_cache.ipynb #8a155d40
 def _rows_of(path, m, i, asked):

@@ -78,10 +78,11 @@ def fisher(h:Tensor, # `(N,d)` hidden states
     mass,outer = w.new_zeros(V),w.new_zeros(d, d)
     for c in h.to(w.device).split(128):
         z = head(c)
+        slope = 1. if head.softcap is None else 1-(z/head.softcap)**2
         for T in temperatures:
-            t = (z/T).softmax(-1)
+            t = (z/T).softmax(-1)*slope
             m = t@w # (n,d)
-            mass += t.sum(0)
+            mass += (t*slope).sum(0)
             outer += m.T@m
     return (((w*mass[:,None]).T@w-outer)/(len(h)*len(temperatures))).cpu()
 
@@ -306,7 +307,7 @@ def fold(self:Transform,
     head:Head, # Output head
 )->Head: # Takes `levels` for hidden states
     "A head that decodes"
-    return Head(head.weight.float()@self.inverse.T, head(self.mu))
+    return Head(head.weight.float()@self.inverse.T, head._replace(softcap=None)(self.mu), head.softcap)
 
 # %% ../nbs/00a_codecs.ipynb #f2838dc6
 CODECS = dict(bf16=Bf16, fp16=Fp16, fp8=Fp8, int8=Int8, transform=Transform)

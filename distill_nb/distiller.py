@@ -66,6 +66,7 @@ class Distiller(nn.Module):
         if last and (head.weight is None or head.weight.shape[1]!=student.get_output_embeddings().weight.shape[1]): raise ValueError('last needs a cache of hidden states and a student as wide as its teacher: leave it out')
         self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(teacher_dtype or student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
+        self.register_buffer('softcap', head.softcap, persistent=False)
 
 # %% ../nbs/02d_distiller.ipynb #71f68e88
 @patch
@@ -89,6 +90,12 @@ def head(self:Distiller)->OutputHead: # Its weights are the student's own
     if isinstance(m.weight, DTensor): raise ValueError("the student's output head is split over several processes: load it with tp_plan={'lm_head': 'replicate'}, or let DistillTrainer(shard=True) share it out")
     return OutputHead(m.weight, m.bias, *self.bend)
 
+# %% ../nbs/02d_distiller.ipynb #32f7770e
+@patch(as_prop=True)
+def teacher_head(self:Distiller)->Head|None: # None for a cache of logits
+    "The teacher's output head, on the student's device"
+    return None if self.weight is None else Head(self.weight, self.bias, self.softcap)
+
 # %% ../nbs/02d_distiller.ipynb #672e97a5
 @patch(as_prop=True)
 def matches(self:Distiller)->bool: # Is the loss on hidden states too?
@@ -110,9 +117,9 @@ def compare(self:Distiller,
     kl:float, # Weight of T^2 times the divergence
 )->LinearDivergence: # Loss as a sum, and what it says of each token
     "The loss on logits"
-    s,head = self.loss,Head(self.weight, self.bias) if self.weight is not None else None
+    s = self.loss
     kw = {} if s.divergence=='forward_kl' else dict(divergence=s.divergence)
-    target,labels = teacher_target(self.cache, batch, s.temperature, head),labels if s.ce else None
+    target,labels = teacher_target(self.cache, batch, s.temperature, self.teacher_head),labels if s.ce else None
     return linear_divergence(h, self.head(), target, s.temperature, labels, kl=kl, ce=s.ce, teacher_dtype=self.teacher_dtype, **kw)
 
 # %% ../nbs/02d_distiller.ipynb #8ee46bd3

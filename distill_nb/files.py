@@ -41,26 +41,35 @@ def _room(path, size):
 
 def _full(e): return getattr(e, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e)
 
+# %% ../nbs/00c_files.ipynb #cfbb7466
+def _flush(path):
+    "Have the bytes of a file, or the names in a folder, on the disk"
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def _own(path):
+    "`path`, unless it is a link that leads out of its folder"
+    if not path.resolve().is_relative_to(path.parent.resolve()): raise CacheError(f'{path}: a link that leads out of its folder: put the file itself there')
+    return path
+
 # %% ../nbs/00c_files.ipynb #2c2d767d
 def replace_file(path:Path, # Final name
     write, # Called with the temporary path: writes the file there
     size:int=0, # Bytes it will take, for the message when the disk is full
 ):
     "Write, flush to disk, rename: `path` is the old file or the whole new one"
-    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp = _own(path.with_name(f'.{path.name}.tmp'))
     try:
         write(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        _flush(tmp)
         tmp.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(tmp, path)
-    except Exception as e:
+    except BaseException as e:
         tmp.unlink(missing_ok=True)
         if not _full(e): raise
         raise CacheError(_room(path, size)) from e
-    finally: tmp.unlink(missing_ok=True)
-    fd = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    _flush(path.parent)
 
 # %% ../nbs/00c_files.ipynb #03748c2f
 def save_json(o:dict, # Content; the key `sha256` is added
@@ -71,11 +80,6 @@ def save_json(o:dict, # Content; the key `sha256` is added
     replace_file(path, lambda p: p.write_bytes(b), len(b))
 
 # %% ../nbs/00c_files.ipynb #9a3e1d92
-def _own(path):
-    "`path`, unless it is a link that leads out of its folder"
-    if not path.resolve().is_relative_to(path.parent.resolve()): raise CacheError(f'{path}: a link that leads out of its folder: put the file itself there')
-    return path
-
 def load_json(path:Path, # A file that `save_json` wrote
 )->dict: # Its content, verified
     "Read and verify; raises `CacheError`"
@@ -141,13 +145,13 @@ def _held(p):
     "Is the lock file `p` held by a living process?"
     if not p.exists(): return False
     try:
-        with FileLock(p, timeout=0): return False
+        with FileLock(_own(p), timeout=0): return False
     except Timeout: return True
 
 # %% ../nbs/00c_files.ipynb #36e9bb66
 def _take(path, job):
     "The lock of this process, taken; raises `CacheError` while another writer is there"
-    p,until = _lock(path, job.rank),time.monotonic()+(5 if job.name else 0)
+    p,until = _own(_lock(path, job.rank)),time.monotonic()+(5 if job.name else 0)
     lock,me = FileLock(p, timeout=0),f'process {os.getpid()} on {socket.gethostname()} {job.name}'.strip()
     while True:
         try:

@@ -23,7 +23,7 @@ import torch, yaml
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from .cache import TeacherCache, load_manifest, repair_cache
+from .cache import TeacherCache, load_manifest, repair_cache, verify_cache
 from .files import CacheError, claim
 from .config import Config, n_matched, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
@@ -502,7 +502,7 @@ def verify(path:str, # Folder of a cache
             with claim(p): pass
     teacher = Run(c).cache_teacher() if c else None
     given = {Path(k).name=='judged': v for k,v in caches(c).items()} if c else {}
-    for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else TeacherCache(p, partial=True).verify()
+    for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else verify_cache(p)
     print('\n'.join(bad) or f'{path}: whole')
     if c and bad: print(f'{path}: made again, and whole')
     return 0 if c else len(bad)

@@ -6,7 +6,7 @@ Docs: https://example.org/distill_nb/shards.html.md"""
 
 # %% auto #0
 __all__ = ['as_rows', 'given', 'read_rows', 'repeat_rows', 'how_many', 'fitting', 'score_rows', 'gives', 'fit_settings',
-           'codec_settings', 'codec_of', 'own_kl', 'check_head', 'check_stored']
+           'codec_settings', 'codec_of', 'kl_to_store', 'own_kl', 'check_head', 'check_stored']
 
 # %% ../nbs/00d_shards.ipynb #5d1ee682
 import inspect, json
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .codecs import kl_nats
 from .files import CacheError, canonical
-from .sparse import CODECS
-from .synthesis import TeacherSynthesizer, blank, by_tokens, context_of, head_of, inside, pad
+from .sparse import CODECS, Counts, SparseLogits
+from .synthesis import Head, TeacherSynthesizer, blank, by_tokens, context_of, head_of, inside, pad
 
 # %% ../nbs/00d_shards.ipynb #4bf1c4e7
 def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list of strings
@@ -164,43 +164,66 @@ def _pack(exs, h, extra, codec, head):
     named = {k if isinstance(k, str) else f'layer.{k}': v.half() if _is_map(k) else v.bfloat16() for k,v in extra.items()}
     return t | named | _codes(codec, h, head)
 
+# %% ../nbs/00d_shards.ipynb #a6ce0ed7
+def _kl_topk(z, o, T, tail):
+    "KL over the ids that are kept and a bucket for the others"
+    rest = (z/T).scatter(-1, o.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return kl_nats(torch.cat([z.gather(-1, o.ids)/T, rest], -1), torch.cat([o.logits/T, tail], -1))
+
+def _kl_counts(z, o):
+    "KL over the ids that were drawn"
+    has = o.weights>0
+    least = o.weights.masked_fill(~has, torch.inf).amin(-1, keepdim=True)
+    own = z.softmax(-1).gather(-1, o.ids).maximum(least)
+    return kl_nats(*(w.log().masked_fill(~has, -1e4) for w in (own, o.weights)))
+
+# %% ../nbs/00d_shards.ipynb #3ac033dc
+def kl_to_store(z:Tensor, # `(R,V)` the model's own logits
+    said, # What a codec gave back: `(R,d)` inputs of the head, `(R,V)` logits, `SparseLogits` or `Counts`
+    head:Head, # Of the model
+    temperatures:tuple=(1.,), # Those that `SparseLogits` were planned for
+)->Tensor: # `(R,)` nats per token; at T=1, or the largest over the planned temperatures
+    "KL(own logits || store), over what the store tells apart"
+    if isinstance(said, Tensor) and said.shape[-1]!=z.shape[-1]: return kl_nats(z, head(said.to(z.device)))
+    z = z.float().cpu()
+    if isinstance(said, SparseLogits): return torch.stack([_kl_topk(z, said, T, said.tails[:,j:j+1]) for j,T in enumerate(temperatures)]).amax(0)
+    return _kl_counts(z, said) if isinstance(said, Counts) else kl_nats(z, said)
+
 # %% ../nbs/00d_shards.ipynb #cf84c7dc
 @torch.no_grad()
 def own_kl(teacher:TeacherSynthesizer, # Who is asked
     exs:list[dict], # Examples
-    said:list[Tensor], # Of each, what is held of it: `(R,d)` inputs of the head, or `(R,V)` logits
+    said:list, # Of each, what is held of it, as in `kl_to_store`
+    temperatures:tuple=(1.,), # As in `kl_to_store`
 )->float: # KL(the model's own logits || those made from `said`) over response tokens, nats per token
     "What the model says itself, against what is held of it"
     x,mask = (o.to(teacher.device) for o in pad([e['input_ids'] for e in exs]))
     more = teacher.inputs([e.get('prompt', '') for e in exs])
     own,head = teacher.model(input_ids=x, attention_mask=mask, **more).logits,head_of(teacher.model)
-    kl = [kl_nats(_cut(z, e, False), h if h.shape[-1]==z.shape[-1] else head(h.to(z.device))) for z,e,h in zip(own, exs, said)]
-    return torch.cat(kl).mean().item()
+    return torch.cat([kl_to_store(_cut(z, e, False), o, head, temperatures) for z,e,o in zip(own, exs, said)]).mean().item()
 
 # %% ../nbs/00d_shards.ipynb #2987ff82
 def check_head(teacher:TeacherSynthesizer, # Who is asked
     exs:list[dict], # Examples
-    stores:str='hidden', # What the codec gives back
     said:list[Tensor]=None, # `(R,d)` inputs of the head that were captured; default: of a forward pass now
     bound:float=0.05, # Largest mean KL allowed, nats per token
 )->float: # KL(own logits || head's), nats per token
     "Does the output head alone reproduce the model's logits? Raises `CacheError` where not"
-    cap = head_of(teacher.model).softcap
-    if cap is not None and stores=='hidden': raise CacheError(f'this model caps its logits at {cap.item():g}, which no hidden state shows: '
-        f'use a codec that stores logits, one of {[k for k,c in CODECS.items() if gives(c)!="hidden"]}')
     kl = own_kl(teacher, exs, said or [score_rows(teacher, [e])[0] for e in exs])
-    if not kl<=bound: raise CacheError(f'the output head gives other logits than the model ({kl:.2g} nats per token): this architecture changes '
-        'its logits in a way that `head_of` does not know, and no codec here can store it')
+    if not kl<=bound: raise CacheError(f'the output head gives other logits than the model ({kl:.2g} nats per token): this architecture changes its logits '
+        'in a way that `head_of` does not know, and every codec starts from the head. Let a server run the model and keep the log-probabilities that it sends: '
+        'ask_server with top_logprobs, then cache_answers, both in distill_nb.sources')
     return kl
 
 # %% ../nbs/00d_shards.ipynb #3ca29be7
 def check_stored(teacher:TeacherSynthesizer, # Who is asked
-    ex:dict, # An example
-    said:Tensor, # `(R,d)` or `(R,V)`: what the store gives back of it
+    exs:list[dict], # Examples
+    said:list, # Of each, what the store gives back of it, as in `kl_to_store`
     where, # Path, for the message
     nats:float=0., # Loss that was asked for, nats per token
+    temperatures:tuple=(1.,), # As in `kl_to_store`
 ):
     "Raise `CacheError` if what is stored is not what the teacher says"
-    kl,bound = own_kl(teacher, [ex], [said]),.05+10*nats
+    kl,bound = own_kl(teacher, exs, said, temperatures),.05+10*nats
     if not kl<=bound: raise CacheError(f"{where}: what would be stored is {kl:.2g} nats per token from the teacher's own logits, "
         f"more than {bound:.2g}: calibrate on a larger first shard, or use dtype='bf16'")

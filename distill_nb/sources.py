@@ -234,12 +234,22 @@ def topk_of_logprobs(top:list, # For each token `[[id, log-probability], ...]`
     largest,rest = v[:,:1],(1-v.double().exp().sum(-1, keepdim=True)).clamp_min(1e-7).log().float()
     return in_bytes(v) | dict(tails=(rest-largest).half()) | pack_ids(ids, high_bits(vocab))
 
+# %% ../nbs/00f_sources.ipynb #6c6a26ac
+def _check_said(i, s, vocab):
+    "ValueError where a server said of prompt `i` what cannot be"
+    pairs = [o for t in s['top'] for o in t]
+    odd = [o for o in [*s['ids'], *(o for o,_ in pairs)] if type(o) is not int or not 0<=o<vocab]
+    if odd: raise ValueError(f'prompt {i}: the server names the id {odd[0]!r}, and the tokenizer here has {vocab}: another tokenizer')
+    odd = [p for _,p in pairs if not isinstance(p, (int, float)) or not math.isfinite(p)]
+    if odd: raise ValueError(f'prompt {i}: the server gives a log-probability of {odd[0]}, which is no number: leave that row out')
+
 # %% ../nbs/00f_sources.ipynb #1cae0a99
 def _example(i, r, tok):
     "The example of row `i`; raises `ValueError` where server and tokenizer disagree"
     if 'said' not in r: raise ValueError(f'prompt {i} has no log-probabilities: ask_server with top_logprobs=20')
     s,[ids] = r['said'],TeacherSynthesizer.encode(SimpleNamespace(tokenizer=tok), [r['prompt']])
     if len(ids)!=s['prompt_tokens']: raise ValueError(f"prompt {i} has {s['prompt_tokens']} tokens on the server and {len(ids)} here: another tokenizer or chat template")
+    _check_said(i, s, len(tok))
     text = tok.decode(s['ids'], skip_special_tokens=True)
     if text.strip()!=r['response'].strip(): raise ValueError(f'prompt {i}: its ids mean {text[:60]!r} here and {r["response"][:60]!r} on the server: another tokenizer')
     return dict(input_ids=ids+s['ids'], prompt_len=len(ids))
@@ -254,7 +264,8 @@ def _shard(exs, said, vocab):
 def _plan(path, rows, tok, model, k, shard_size):
     "Write or check manifest and tokenizer; returns the manifest"
     who = SimpleNamespace(fingerprint=dict(model_type='endpoint', model=model, vocab_size=len(tok), tokenizer=tokenizer_sha256(tok)))
-    how = dict(codec='topk', k=k, temperatures=[1.], layers=[], responses='given', generation={}, too_long='error', skipped=[])
+    how = dict(codec='topk', k=k, temperatures=[1.], layers=[], attention=[], relations=None, responses='given', generation={}, score_tokens=0,
+        too_long='error', not_finite='error', skipped=[])
     old = load_manifest(path) if (path/'manifest.json').exists() else None
     m = make_manifest(who, rows, shard_size, old['shards'] if old else (), **how)
     if old: check_manifest(old, m := in_terms_of(old, m), path, rows)

@@ -93,6 +93,7 @@ class SelfDistiller(Distiller):
         self.own,self.where,self.mix = own,where,mix
         self.register_buffer('own_weight', own.head.weight.to(student.dtype), persistent=False)
         self.register_buffer('own_bias', own.head.bias, persistent=False)
+        self.register_buffer('own_softcap', own.head.softcap, persistent=False)
 
 # %% ../nbs/03a_stages.ipynb #0f350802
 @patch
@@ -107,7 +108,7 @@ def compare(self:SelfDistiller,
     if self.loss.divergence!='forward_kl': raise ValueError(f"divergence {self.loss.divergence!r}: targets are mixed in 'forward_kl' only")
     d = super(SelfDistiller, self).compare(h, labels, batch, kl*(1-self.mix))
     own = self.own.collate([self.own[self.where[i]] for i in batch['index'].tolist()])
-    target = teacher_target(self.own, to_device(own, h.device), T, Head(self.own_weight, self.own_bias))
+    target = teacher_target(self.own, to_device(own, h.device), T, Head(self.own_weight, self.own_bias, self.own_softcap))
     o = linear_divergence(h, self.head(), target, T, kl=kl*self.mix)
     return d._replace(loss=d.loss+o.loss)
 

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .synthesis import Head, head_input
+from .synthesis import head_input
 from .distiller import Distiller, teacher_target
 from .loss import _logits
 from .monitor import Recorder, spike_bound, token_mean
@@ -37,7 +37,7 @@ def both_logits(distiller:Distiller, # A student and its cache
     batch,student,head = to_device(batch, distiller.student.device),distiller.student,distiller.head()
     with head_input(student, skip=True) as h: student(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, **batch.get('inputs', {}))
     z = _logits(h[0][batch['labels']!=-100].to(head.weight.dtype), head).float()
-    t = teacher_target(distiller.cache, batch, 1., None if distiller.weight is None else Head(distiller.weight, distiller.bias))
+    t = teacher_target(distiller.cache, batch, 1., distiller.teacher_head)
     t = t if isinstance(t, Tensor) else t[1](t[0].to(t[1].weight.dtype))
     n = min(z.shape[-1], t.shape[-1])
     return z[:,:n],t.float()[:,:n]

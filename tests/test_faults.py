@@ -2,45 +2,47 @@
 
 | what goes wrong | where it is tested |
 |---|---|
-| 1. kill -9 at random points, inside write, fsync and rename | `test_killed_at_any_point_and_resumed` |
+| 1. kill -9 inside write, fsync and rename | `test_killed_at_any_point_and_resumed`, `test_killed_while_the_plan_grows`, `test_leftovers_are_swept`, `test_flushed_then_renamed` |
 | 2. SIGTERM or keyboard interrupt | `test_interrupted_in_the_middle_of_a_shard`, `test_terminated` |
 | 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Tensors |
 | 4. a bit flipped in a shard | `test_a_flipped_bit_in_a_shard_is_found_before_its_rows` |
 | 5. a bit flipped in a sidecar or the manifest | `test_a_flipped_bit_in_json_names_the_file` |
 | 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00e, Interrupted |
-| 7. disk full | `test_disk_full`, `test_a_disk_that_is_really_full`; the estimate: chapter 00e |
-| 8. read-only folder | `test_read_only_folder` |
+| 7. disk full | `test_disk_full`, `test_disk_full_at_the_tokenizer`, `test_a_disk_that_is_really_full`; the estimate: chapter 00e |
+| 8. read-only folder | `test_read_only_folder`, with and without a lock file that could be taken |
 | 9. two writers | `test_second_writer_and_dead_writer`; several processes of one job: `test_two_processes_make_the_same_cache` and the two after it |
 | 10. wrong tokenizer | `test_wrong_tokenizer` |
 | 11. wrong teacher | `test_wrong_teacher_lists_the_keys` |
 | 12. prompts changed or appended | `test_edited_prompt_is_named`; appended and moved: chapter 00e |
-| 13. NaN from the teacher | `test_nan_names_the_prompt`, `test_nan_skipped_and_recorded` |
+| 13. NaN or infinity from the teacher | `test_nan_names_the_prompt`, `test_one_number_that_is_not_finite`, `test_nan_skipped_and_recorded`; chapter 00f |
 | 14. values beyond fp16 | chapter 00d (`_codes`) |
-| 16. empty prompt | chapters 00 and 00d (`encode`, `as_rows`) |
+| 16. empty prompt | chapters 00 and 00d (`encode`, `as_rows`); one without tokens: `test_a_prompt_without_tokens` |
 | 17. prompt longer than the context | chapters 00 and 00d (`generate`, `fitting`) |
 | 18. pad == eos | `test_learns_to_stop`; labels: chapter 00e, Reading |
-| 20. token id outside the vocabulary | `test_shard_that_does_not_fit_is_refused` |
+| 19. padded vocabularies, other tokenizers | `test_pairs_that_cannot_be_compared`; chapter 01a |
+| 20. token id outside the vocabulary | `test_shard_that_does_not_fit_is_refused`, `test_ids_of_a_sparse_store_lie_in_the_vocabulary` |
 | 21. older and newer schema | chapter 00e, manifest and repair |
 | 22. a pickle in place of a shard, codec or model | `test_pickle_never_runs` |
-| 23. names and links that lead elsewhere | `test_links_out_of_the_folder`; names: chapter 00e, manifest |
+| 23. names and links that lead elsewhere | `test_links_out_of_the_folder`, `test_nothing_is_written_through_a_link`; names: chapter 00e, manifest |
 | 29. attention maps on fast attention | chapters 00 (`inside`) and 00e, Reading (`build_cache`) |
-| 30. teacher not frozen or shared | `test_teacher_is_the_same_after_training`; refused: chapter 01a (`check_pair`) |
+| 30. teacher not frozen or shared | `test_teacher_is_the_same_after_training`; refused: `test_pairs_that_cannot_be_compared` |
 | 32. no network | `test_no_network`; chapter 00 |
-| 33. code that comes with a model | `test_code_in_a_cache_never_runs`; chapter 00 |
+| 33. code that comes with a model | `test_code_in_a_cache_never_runs`, `test_code_of_a_model_never_runs`; chapter 00 |
 """
-import errno, os, pickle, random, shutil, signal, socket, subprocess, sys, tempfile, time
+import errno, json, os, pickle, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from functools import partial
 from pathlib import Path
 
 import pytest, torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import distill_nb.cache as dc, distill_nb.files as df
 from distill_nb.cache import TeacherCache, build_cache, repair_cache, shard_path
-from distill_nb.files import CacheError, load_json, save_json, save_tensors
+from distill_nb.files import CacheError, Job, load_json, save_json, save_tensors
+from distill_nb.sparse import high_bits, pack_ids, unpack_ids
 from distill_nb.synthesis import TeacherSynthesizer, sha256_file, weights_sha256
 
 torch.set_num_threads(1)
@@ -153,6 +155,59 @@ def test_killed_at_any_point_and_resumed(teacher, whole, tmp_path):
     kinds = set(os.read(r, 9999).decode().split())
     assert code==0 and kills>=20 and kinds==set(points), (code, kills, kinds)
 
+@pytest.mark.parametrize('kind', ['write', 'fsync', 'rename', 'renamed'])
+def test_killed_while_the_plan_grows(teacher, whole, cut, kind):
+    "The plan is that of before or the new one, and never half of it"
+    more = [*ROWS, 'Say m and m.']
+    def run():
+        Reaper(kind, 1, os.open(os.devnull, os.O_WRONLY)).arm()
+        build_cache(teacher, more, cut, **KW)
+    assert status(forked(run))==-signal.SIGKILL
+    assert len(TeacherCache(cut, partial=True))==12
+    assert len(build_cache(teacher, more, cut, **KW))==13
+    assert {k: v for k,v in tree(cut).items() if k in tree(whole) and k!='manifest.json'}=={k: v for k,v in tree(whole).items() if k!='manifest.json'}
+
+def test_leftovers_are_swept(teacher, whole, cut):
+    "Also those of what is whole, each by the process whose work it was"
+    left = [cut/f'.{n}.tmp' for n in ('shard-00000.safetensors', 'shard-00003.json', 'codec.safetensors', 'manifest.json')]
+    for p in left: p.write_bytes(b'half a file')
+    dc._sweep(cut, Job(1, 2, 'a'))
+    assert [p.exists() for p in left]==[True, False, True, True]
+    build_cache(teacher, ROWS, cut, **KW)
+    assert tree(cut)==tree(whole)
+
+def test_flushed_then_renamed(teacher, tmp_path, monkeypatch):
+    "What a power cut would show: no name before its bytes are on the disk, and no file counts before its name is"
+    said,sync,move = [],os.fsync,os.replace
+    def flush(fd):
+        said.append(os.fstat(fd).st_ino)
+        sync(fd)
+    def rename(a, b):
+        said.append(b.name)
+        move(a, b)
+    monkeypatch.setattr(os, 'fsync', flush)
+    monkeypatch.setattr(os, 'replace', rename)
+    save_tensors(dict(x=torch.zeros(3)), tmp_path/'a.safetensors')
+    a,b,d = ((tmp_path/n).stat().st_ino for n in ('a.safetensors', 'a.json', '.'))
+    assert said==[a, 'a.safetensors', d, b, 'a.json', d]
+    said.clear()
+    dc.save_tokenizer(teacher.tokenizer, tmp_path)
+    assert set(said)=={o.stat().st_ino for o in (tmp_path/'tokenizer', *(tmp_path/'tokenizer').iterdir())}
+
+def test_the_next_shard_is_asked_for_while_one_is_written(teacher, whole, tmp_path, monkeypatch):
+    third,save,write,n = threading.Event(),save_tensors,teacher._write,[0]
+    def slow(t, p, *a):
+        if p.name=='shard-00001.safetensors': assert third.wait(20), 'nobody asked for shard 2'
+        save(t, p, *a)
+    def asked(*a):
+        n[0] += 1
+        if n[0]==3: third.set()
+        return write(*a)
+    monkeypatch.setattr(dc, 'save_tensors', slow)
+    monkeypatch.setattr(teacher, '_write', asked, raising=False)
+    build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert tree(tmp_path/'c')==tree(whole)
+
 def test_interrupted_in_the_middle_of_a_shard(teacher, whole, tmp_path, monkeypatch):
     n,write = [0],df.save_file
     def interrupted(t, p):
@@ -162,6 +217,7 @@ def test_interrupted_in_the_middle_of_a_shard(teacher, whole, tmp_path, monkeypa
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(df, 'save_file', interrupted)
         build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert n[0]==4 and not list((tmp_path/'c').glob('.*.tmp'))
     def stopped(*a, **k): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(teacher.model.model, 'forward', stopped)
@@ -229,6 +285,10 @@ def test_a_lost_file_is_made_again(teacher, whole, cut, name):
     repair_cache(teacher, cut, ROWS)
     assert tree(cut)==tree(whole)
     assert not TeacherCache(cut).verify()
+    if 'tokenizer' in name: return
+    (cut/name).unlink()
+    build_cache(teacher, ROWS, cut, **KW)
+    assert tree(cut)==tree(whole)
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), df.SafetensorError('I/O error: No space left on device (os error 28)')])
 def test_disk_full(teacher, whole, tmp_path, monkeypatch, error):
@@ -245,6 +305,12 @@ def test_disk_full(teacher, whole, tmp_path, monkeypatch, error):
     assert c.shards==[0, 1] and [c[i]['index'] for i in range(4)]==[0, 1, 2, 3]
     build_cache(teacher, ROWS, d, **KW)
     assert tree(d)==tree(whole)
+
+def test_disk_full_at_the_tokenizer(teacher, tmp_path, monkeypatch):
+    def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(teacher.tokenizer, 'save_pretrained', full)
+    with pytest.raises(CacheError, match='tokenizer: the disk is full'): build_cache(teacher, ROWS, tmp_path/'c', **KW)
+    assert not (tmp_path/'c/manifest.json').exists()
 
 def test_a_disk_that_is_really_full(teacher, whole, tmp_path, monkeypatch):
     small = tmp_path/'small'
@@ -267,6 +333,7 @@ def test_read_only_folder(teacher, whole, unasked):
         d = Path(shutil.copytree(whole, Path(top)/'cache'))
         Path(top).chmod(0o755)
         for p in (d, d/'tokenizer'): p.chmod(0o555)
+        (d/'.lock').chmod(0o666)
         def guest():
             if os.getuid()==0: os.setuid(65534)
             c = TeacherCache(d)
@@ -411,6 +478,18 @@ def test_nan_names_the_prompt(tmp_path):
     c = TeacherCache(tmp_path/'c', partial=True)
     assert c.shards==[0, 1, 2] and all(c[i]['hidden'].isfinite().all() for i in range(6))
 
+@pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
+def test_one_number_that_is_not_finite(tmp_path, monkeypatch, value):
+    t,n = tiny_teacher(),[0]
+    write = t._write
+    def sick(*a):
+        res,n[0] = write(*a),n[0]+1
+        if n[0]==3: res[1][1][-1,5] = float(value)
+        return res
+    monkeypatch.setattr(t, '_write', sick, raising=False)
+    with pytest.raises(CacheError, match=r"not finite for prompt 5, 'Say f and f\.'"): build_cache(t, ROWS, tmp_path/'c', **KW)
+    assert TeacherCache(tmp_path/'c', partial=True).shards==[0, 1]
+
 @pytest.mark.parametrize('codec', [{}, dict(codec='topk', k=4, layers=(0, 1), attention=(0,), relations=0)], ids=['written', 'inside'])
 def test_nan_skipped_and_recorded(tmp_path, codec):
     sick = tiny_teacher(eager(tiny_model()) if 'attention' in codec else None)
@@ -447,6 +526,28 @@ def test_every_shard_checks_itself(tmp_path, monkeypatch):
         build_cache(t, ROWS, tmp_path/'c', **KW)
     assert TeacherCache(tmp_path/'c', partial=True).shards==[0, 1]
 
+WRONG = dict(hidden='hidden', full='logits', topk='ids', sampled='ids')
+
+@pytest.mark.parametrize('codec', [*WRONG, 'last row'])
+def test_what_goes_to_the_disk_is_what_is_checked(tmp_path, monkeypatch, codec):
+    "Rows of another token are found in what was packed, and in every example of the first batch"
+    t,pack,name = tiny_teacher(tiny_model(initializer_range=1.)),dc._pack,WRONG.get(codec, 'hidden')
+    def wrong(*a):
+        res = pack(*a)
+        x = res[name].view(torch.int16) if name=='ids' else res[name]
+        bad = torch.cat([x[:-1], x[:1]]) if codec=='last row' else x.roll(1, 0)
+        return res|{name: bad.view(res[name].dtype)}
+    monkeypatch.setattr(dc, '_pack', wrong)
+    how = dict(codec=codec) if codec in WRONG else {}
+    with pytest.raises(CacheError, match='shard-00000.safetensors: what would be stored is'): build_cache(t, ROWS, tmp_path/'c', **how, **KW)
+
+def test_a_prompt_without_tokens(tmp_path):
+    "A mark of no width is no blank, and a tokenizer may know nothing of it"
+    tok = tiny_tokenizer()
+    tok.backend_tokenizer.normalizer = normalizers.Replace('\u200b', '')
+    t = tiny_teacher(tok=tok)
+    with pytest.raises(ValueError, match='prompt 1 has no tokens: remove that row'): build_cache(t, ['Say a.', '\u200b'], tmp_path/'c', **KW)
+
 def test_learns_to_stop(teacher, whole):
     c,student = TeacherCache(whole),tiny_model(3, hidden_size=32, num_hidden_layers=2)
     assert c.tokenizer.pad_token_id==c.tokenizer.eos_token_id==0
@@ -461,6 +562,21 @@ def test_learns_to_stop(teacher, whole):
         opt.zero_grad()
     said = tiny_teacher(student).generate(ids, max_new_tokens=12, temperature=0, progress=False)
     assert [e['input_ids'] for e in said]==[e['input_ids'].tolist() for e in exs]
+
+def test_pairs_that_cannot_be_compared(teacher):
+    from distill_nb.student import check_pair
+    t,s,tok = teacher.model,tiny_model(1),tiny_tokenizer()
+    assert check_pair(t, s, tok, tok)==259
+    with pytest.warns(UserWarning, match='comparing the first 259 ids, the rest is padding'): assert check_pair(t, tiny_model(1, vocab_size=272), tok, tok)==259
+    with pytest.raises(ValueError, match='heads of 259 and 250 rows'): check_pair(t, tiny_model(1, vocab_size=250), tok, tok)
+    with pytest.raises(ValueError, match='the tokenizers differ in 4 tokens'): check_pair(t, s, tok, tiny_tokenizer((('s', 'a'), ('a', 'y'))))
+    plain = tiny_tokenizer()
+    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match='the tokenizers split'): check_pair(t, s, tok, plain)
+    thief = tiny_model(1)
+    thief.lm_head.weight = t.lm_head.weight
+    for a,b,why in ((tiny_model(), s, 'the teacher is trainable'), (tiny_model().requires_grad_(False).train(), s, 'in train mode'), (t, thief, 'shares memory')):
+        with pytest.raises(ValueError, match=why): check_pair(a, b, tok, tok)
 
 def shard_with(d, i, **new):
     "Shard `i` with other tensors and a sidecar that fits them"
@@ -483,6 +599,20 @@ def test_shard_that_does_not_fit_is_refused(cut):
     for s in ('.safetensors', '.json'): shutil.copy(cut/f'shard-00000{s}', cut/f'shard-00001{s}')
     with pytest.raises(CacheError, match=r'shards \[1\] are missing'): TeacherCache(cut)
     with pytest.raises(CacheError, match="sidecar belongs to 'shard-00000.safetensors'"): dc.check_tensors(shard_path(cut, 1))
+
+@pytest.mark.parametrize('vocab', [259, 70_000])
+@pytest.mark.parametrize('codec', ['topk', 'sampled'])
+def test_ids_of_a_sparse_store_lie_in_the_vocabulary(tmp_path, codec, vocab):
+    rows,bits = [dict(r, response='and so on') for r in ROWS[:4]],high_bits(vocab)
+    d = build_cache(tiny_teacher(tiny_model(vocab_size=vocab)), rows, tmp_path/'c', codec=codec, shard_size=2, progress=False).path
+    was = load_file(shard_path(d, 1))
+    ids = unpack_ids(was['ids'], was.get('high'), bits)
+    assert TeacherCache(d).verify()==[] and 0<ids.max()<vocab
+    ids.view(-1)[-1] = vocab
+    shard_with(d, 1, **pack_ids(ids, bits))
+    c = TeacherCache(d)
+    assert c[1]['index']==1
+    with pytest.raises(CacheError, match=f'shard-00001.safetensors: a token id lies outside the vocabulary of {vocab}'): c[2]
 
 class Bomb:
     def __init__(self, marker): self.marker = marker
@@ -514,6 +644,48 @@ def test_links_out_of_the_folder(teacher, whole, cut, tmp_path, name):
     except CacheError as e: said = [str(e)]
     assert any('a link that leads out of its folder' in o for o in said)
 
+def stamps(p): return {o: o.stat().st_mtime_ns for o in (p, *p.rglob('*')) if o!=p or p.is_file()}
+
+LINKED = ('shard-00001.json', 'shard-00001.safetensors', 'codec.safetensors', 'tokenizer', 'tokenizer/tokenizer.json', '.shard-00001.safetensors.tmp')
+
+@pytest.mark.parametrize('name', LINKED)
+def test_nothing_is_written_through_a_link(teacher, whole, cut, tmp_path, name):
+    away = tmp_path/'away'
+    (cut/name).rename(away) if (cut/name).exists() else away.write_text('mine')
+    (cut/name).symlink_to(away)
+    if name.endswith('.tmp'): shard_path(cut, 1).unlink()
+    was = stamps(away)
+    repair_cache(teacher, cut, ROWS)
+    assert tree(cut)==tree(whole) and not [p for p in cut.rglob('*') if p.is_symlink()] and stamps(away)==was
+
+@pytest.mark.parametrize('name', ['.lock', '.lock.1', '.manifest.json.tmp'])
+def test_a_link_in_the_way_of_a_writer_is_refused(teacher, cut, tmp_path, name):
+    (tmp_path/'away').write_text('mine')
+    (cut/name).unlink(missing_ok=True)
+    (cut/name).symlink_to(tmp_path/'away')
+    with pytest.raises(CacheError, match='a link that leads out of its folder'): build_cache(teacher, [*ROWS, 'Say m.'], cut, **KW)
+    assert (tmp_path/'away').read_text()=='mine'
+
+def test_verify_says_all_that_is_wrong(cut, capsys):
+    "Of a cache that cannot be opened, too"
+    from distill_nb.plan import main
+    for p in (cut/'codec.safetensors', shard_path(cut, 1)): flip(p, -1)
+    with pytest.raises(CacheError, match='codec.safetensors'): TeacherCache(cut, partial=True)
+    assert main(['verify', str(cut)])==1
+    assert re.findall(r'(\S+) expected SHA', capsys.readouterr().out)==[f"{cut/'codec.safetensors'}:", f'{shard_path(cut, 1)}:']
+
+EXTRAS = dict(layers=(1,), attention=(0,), relations=0)
+
+@pytest.mark.parametrize('how', [dict(dtype='int8', **EXTRAS), dict(codec='transform'), dict(codec='topk', k=4), dict(codec='sampled'), dict(codec='full')])
+def test_the_page_of_the_format_names_everything(tmp_path, how):
+    nbs = [json.loads((Path(__file__).parents[1]/f'nbs/{n}.ipynb').read_text(encoding='utf-8')) for n in ('00b_sparse', '00e_cache')]
+    page = [s for nb in nbs for c in nb['cells'] if (s := ''.join(c['source'])).startswith('## On disk, precisely')]
+    m = build_cache(tiny_teacher(eager(tiny_model())), ROWS, tmp_path/'c', **how, **KW).manifest
+    p = shard_path(tmp_path/'c', 0)
+    names = {*m, *m['teacher'], *m['generation'], *m['shards'][0], *load_json(p.with_suffix('.json'))}
+    names |= {re.sub(r'\.\d+$', '.K', k) for f in (p, tmp_path/'c/codec.safetensors') for k in load_file(f)}
+    assert len(page)==2 and not [k for k in names if not re.search(rf'`{re.escape(k)}\b', ' '.join(page))]
+
 def test_teacher_is_the_same_after_training(whole):
     from distill_nb.loss import DistillationLoss
     from distill_nb.trainer import train_distillation
@@ -538,5 +710,24 @@ def test_code_in_a_cache_never_runs(cut, tmp_path):
     try: TeacherCache(cut)
     except CacheError: pass
     assert not (tmp_path/'marker').exists()
+
+def test_code_of_a_model_never_runs(cut, tmp_path, monkeypatch):
+    "Nobody is asked on the terminal either, where a yes would run it"
+    monkeypatch.setattr('builtins.input', lambda *a: 'y')
+    d,own,asked = tmp_path/'m',dict(model_type='own', auto_map=dict(AutoConfig='own.C', AutoModelForCausalLM='own.M')),[]
+    d.mkdir()
+    (d/'config.json').write_text(json.dumps(own))
+    (d/'own.py').write_text(f'import os; os.mkdir({str(tmp_path/"marker")!r})')
+    with pytest.raises(ValueError, match='trust_remote_code=True'): TeacherSynthesizer(d, tokenizer=tiny_tokenizer())
+    assert not (tmp_path/'marker').exists()
+    for o in (AutoTokenizer, AutoModelForCausalLM):
+        def said(*a, load=o.from_pretrained, **kw):
+            asked.append(kw.get('trust_remote_code'))
+            return load(*a, **kw)
+        monkeypatch.setattr(o, 'from_pretrained', said)
+    for o in (tiny_model(), tiny_tokenizer()): o.save_pretrained(tmp_path/'plain')
+    TeacherSynthesizer(tmp_path/'plain', device='cpu')
+    TeacherCache(cut)
+    assert asked==[False]*3
 
 if __name__=='__main__': two(Path(sys.argv[1]))

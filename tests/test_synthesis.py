@@ -5,10 +5,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_nb.attention import AttentionDistiller
 from distill_nb.cache import build_cache
-from distill_nb.loss import DistillationLoss
+from distill_nb.distiller import Distiller
+from distill_nb.loss import DistillationLoss, forward_kl
 from distill_nb.relations import attention_loss, relation_loss
+from distill_nb.stages import self_distill
 from distill_nb.student import add_lora
 from distill_nb.synthesis import TeacherSynthesizer, attention_of, inside, pad, trim
+from distill_nb.watch import both_logits
 
 torch.set_num_threads(1)
 BASE = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -87,6 +90,32 @@ def test_losses_from_the_cache(tmp_path):
         assert ours.shape==pos.shape and theirs.sum()>.1 and (ours-theirs).abs().max()<2e-2*theirs.max()
     ours,theirs = (attention_loss(student['attention.1'], o)[pos] for o in (b['teacher_attention'][1], own['attention.1']))
     assert theirs.mean()>1e-2 and (ours-theirs).abs().max()<1e-2*theirs.max()
+
+@pytest.mark.parametrize('codec', [dict(dtype='fp16'), dict(codec='transform', nats=1e-3)], ids=['fp16', 'transform'])
+@pytest.mark.parametrize('kind', ['gemma2', 'granite', 'cohere', 'phi'])
+def test_what_comes_after_the_head_reaches_the_loss(tmp_path, kind, codec):
+    "A cap, a factor, a bias: the loss from cached hidden states is that from the model's own logits"
+    t,s = family(kind),family('llama').model
+    if kind=='phi': torch.nn.init.normal_(t.model.lm_head.bias)
+    if kind=='gemma2': t.model.config.final_logit_softcapping = 1.
+    c = build_cache(t, [dict(prompt=f'Say {o}.', response=o*(9+i)) for i,o in enumerate('abcdefgh')], tmp_path/'c', progress=False, **codec)
+    b = c.collate([c[i] for i in range(8)])
+    pos,x = b['labels']!=-100,dict(input_ids=b['input_ids'], attention_mask=b['attention_mask'])
+    with torch.no_grad(): own,z = (o(**x).logits[pos] for o in (t.model, s))
+    d = Distiller(s, c, DistillationLoss(2., 1.))
+    with torch.no_grad(): got,bare = d(b)['loss'].item(),c.head.weight.float()@b['teacher_hidden'].float().T
+    want = 4*forward_kl(z, own, 2.).mean().item()
+    assert abs(got/want-1)<2e-2
+    assert forward_kl(both_logits(d, b)[1], own).mean()<5e-3
+    if kind in ('gemma2', 'phi'): assert abs(4*forward_kl(z, bare.T, 2.).mean().item()/want-1)>.1
+
+def test_a_capped_student_as_its_own_teacher(tmp_path):
+    t,s = family('qwen3'),family('gemma2').model
+    s.config.final_logit_softcapping = 1.
+    c = build_cache(t, ['Say a.', 'Say b and c.'], tmp_path/'c', max_new_tokens=9, temperature=1., progress=False)
+    d = self_distill(s, c, tmp_path/'own', DistillationLoss(2., 1.), mix=1., dtype='fp16')
+    with torch.no_grad(): o = d(c.collate([c[0], c[1]]))
+    assert o['loss']<1e-3<o['kl'].mean()
 
 def test_students_of_all_families_learn_attention(tmp_path):
     "Maps and relations of another family's teacher reach the student's projections, those of adapters too"
