@@ -21,7 +21,7 @@ from distill_nb.monitor import KLMonitor, token_mean
 from distill_nb.shard import collect
 from distill_nb.export import export_safetensors
 from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, held_out, train_distillation
-from distill_nb.watch import Watch
+from distill_nb.watch import Diagnose, Watch
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -45,6 +45,10 @@ def judged(tr):
     with tr.averaged(): return token_mean(held_out(tr.distiller, [8, 9]))
 
 def watch(tr): return Evaluate(judged, 4)
+
+class Picky(KLMonitor):
+    "Objects to two steps, whatever they are like"
+    def judge(self, rows, row): return {5: 'example', 8: 'batch'}.get(row['step'], '')
 
 class Dies(Distiller):
     left = -1
@@ -96,8 +100,8 @@ def kill(root):
 def two(root):
     "Script for torchrun: the same run, its windows shared by two processes; then one that breaks off and goes on. With copies of the weights, and with shares"
     def run(name, **kw):
-        tr = make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, **kw)
-        tr.callbacks = [watch(tr), KeepBest(), Watch(3), *tr.callbacks]
+        tr = make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, monitor=Picky(), **kw)
+        tr.callbacks = [watch(tr), KeepBest(), Watch(3), Diagnose(), *tr.callbacks]
         return tr
     class Breaks(Callback):
         def after_step(self, tr):
@@ -246,8 +250,8 @@ def together(root):
     run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29617', __file__, 'two', str(root)]
     out = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
-    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3)
-    one.callbacks = [watch(one), KeepBest(), Watch(3)]
+    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3, monitor=Picky())
+    one.callbacks = [watch(one), KeepBest(), Watch(3), Diagnose()]
     one.fit()
     return one
 
@@ -275,6 +279,7 @@ def test_two_processes_are_one(name, root, together):
     for n,p in together.names.items(): torch.testing.assert_close(best[n], p, rtol=0, atol=1e-5)
     for a,b in zip(together.recorder.rows, meta['rows'], strict=True):
         assert (a['step'], a['n_tokens'], a['trains'])==(b['step'], b['n_tokens'], b['trains'])
+        assert ('cause' in a)==(a['step'] in (5, 8)) and a.get('cause', '').split(':')[0]==b.get('cause', '').split(':')[0]
         assert all(abs(a[k]-b[k])<1e-5 for k in ('kl', 'grad_norm', 'heldout_kl', 'entropy', 'teacher_entropy', 'overlap') if k in a or k in b)
         assert sorted(e[0] for e in a['examples'])==sorted(e[0] for e in b['examples'])
         assert ('details' in a)==('details' in b)==(a['step']%3==0)
