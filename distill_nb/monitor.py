@@ -97,7 +97,8 @@ def plot_kl(self:Recorder,
     line, = ax.plot(step, kl, lw=.8, alpha=.6)
     ax.plot(step, mid, color=line.get_color(), label=label or 'median of the last steps')
     ax.fill_between(step, [m-s for m,s in zip(mid, mad)], [m+s for m,s in zip(mid, mad)], color=line.get_color(), alpha=.2)
-    sp = find_spikes(kl, window)
+    judged = any('verdict' in r for r in self.rows)
+    sp = [i for i,r in enumerate(self.rows) if r.get('verdict')] if judged else find_spikes(kl, window)
     if sp: ax.plot([step[i] for i in sp], [kl[i] for i in sp], 'rv', label=f'{len(sp)} spike{"s"*(len(sp)>1)}')
     trains = [r.get('trains') for r in self.rows]
     for i in range(1, len(stage)):

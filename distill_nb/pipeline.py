@@ -34,9 +34,9 @@ from .shards import as_rows, codec_settings, how_many, repeat_rows
 from .stages import on_policy, self_distill
 from .student import add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student, refit_gaps
 from .synthesis import TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, pad, seeded, weights_sha256
-from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, kept_memory, to_device
+from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, check_fp8, kept_memory, to_device
 from .vision import ImageCache, ImageTeacher, RelationDistiller, about, auto_class, images_of, merge_adapters, processor_sha256
-from .watch import Diagnose, Track, Watch
+from .watch import Diagnose, ShowKL, Track, Watch
 from .width import prune_width
 
 # %% ../nbs/05d_pipeline.ipynb #cc46d579
@@ -66,6 +66,9 @@ def precision(want:str, # `training.memory.mixed_precision`
     "Type of the products in training; raises `ValueError` for what this machine cannot do"
     gpu = torch.cuda.is_available()
     if want in ('fp16', 'fp8') and not gpu: raise ValueError(f"training.memory.mixed_precision: {want!r} needs a GPU, and there is none: use 'bf16', 'no' or 'auto'")
+    if want=='fp8':
+        try: check_fp8(torch.device('cuda'))
+        except ValueError as e: raise ValueError(f'training.memory.{e}') from e
     return ('bf16' if fast==torch.bfloat16 else 'fp16' if gpu else 'no') if want=='auto' else want
 
 # %% ../nbs/05d_pipeline.ipynb #4cbbce4c
@@ -129,11 +132,12 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
 
 # %% ../nbs/05d_pipeline.ipynb #38242de1
 def watchers(w:Watching, # `training.watch`
+    show:bool=False, # Draw the KL while it goes, where there is a notebook to draw in?
 )->list[Callback]: # Trackers last: they see what the others have noted
     "Callbacks of chapter 03c that a file asks for; raises `ValueError` for a tracker that is not installed"
     try: track = [Track(*w.trackers, project=w.project)] if w.trackers else []
     except ImportError as e: raise ValueError(f'training.watch.trackers: {e}') from e
-    return ([Watch(w.every)] if w.every else []) + ([Diagnose()] if w.diagnose else []) + track
+    return ([Watch(w.every)] if w.every else []) + ([Diagnose()] if w.diagnose else []) + ([ShowKL()] if show else []) + track
 
 # %% ../nbs/05d_pipeline.ipynb #c11a525e
 def optimizer(kind:str, # `training.optimizer.type`
@@ -161,7 +165,7 @@ class Run:
     "A configuration at work"
     def __init__(self,
         config:Config, # What to do
-        progress:bool=True, # Show bars?
+        progress:bool=True, # Show bars, and in a notebook the KL as it goes?
     ):
         "Refuse what cannot be done; then make the folder"
         if (n := this_job().size)>1: raise ValueError(ALONE.format(n=n))
@@ -171,7 +175,7 @@ class Run:
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.fast = fast_type(config, self.device)
         self.precision = precision(config.training.memory.mixed_precision, self.fast)
-        self.watchers,self.optimizer = watchers(config.training.watch),optimizer(config.training.optimizer.type)
+        self.watchers,self.optimizer = watchers(config.training.watch, progress),optimizer(config.training.optimizer.type)
         check_models(config)
         self.sees = sees(config)
         self.parts,self.lock = [],threading.RLock() # what is being paid for, the innermost last

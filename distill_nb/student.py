@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from .synthesis import TeacherSynthesizer, pad
 
@@ -329,7 +330,7 @@ def doubts(teacher:PreTrainedModel, # The teacher's model
     n,N = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
     c,C = (getattr(m.config.get_text_config(decoder=True), 'max_position_embeddings', None) for m in (student, teacher))
     res = []
-    if n<.15*N: res.append(f'the student has {n/N:.0%} of the parameters of the teacher: below 15% a smaller teacher, or ce above 0, often serves it better')
+    if n<.2*N: res.append(f'the student has {n/N:.0%} of the parameters of the teacher: below 20% it cannot hold all that it is shown, and a smaller teacher, or ce above 0, often serves it better')
     if c and C and c<C: res.append(f"the student's context is {c} tokens, the teacher's {C}: longer examples are cut or fail")
     if student.dtype in (torch.float16, torch.bfloat16): res.append(f'the student is in {student.dtype}, where small updates vanish: load it in float32 and use mixed precision')
     return res
@@ -400,10 +401,11 @@ def add_lora(student:PreTrainedModel, # Its own weights are frozen
     "Low-rank adapters on every linear layer of the student's blocks"
     name,blocks = decoder_layers(student)
     if not 0<=from_block<len(blocks): raise ValueError(f'from_block is {from_block}: the student has {len(blocks)} blocks, leave at least one to train')
-    linear = [f'{name}.{i}.{k}' for i,b in enumerate(blocks) if i>=from_block for k,m in b.named_modules() if isinstance(m, nn.Linear)]
+    linear = {f'{name}.{i}.{k}': m for i,b in enumerate(blocks) if i>=from_block for k,m in b.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    turned = any(isinstance(m, Conv1D) for m in linear.values())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # peft asks transformers by a name that is being retired
-        return get_peft_model(student, LoraConfig(r=r, lora_alpha=alpha, target_modules=linear, task_type='CAUSAL_LM'))
+        return get_peft_model(student, LoraConfig(r=r, lora_alpha=alpha, target_modules=list(linear), task_type='CAUSAL_LM', fan_in_fan_out=turned))
 
 # %% ../nbs/01a_student.ipynb #682ccd0b
 def merge_lora(student:PreTrainedModel|PeftModel, # Changed in place

@@ -585,6 +585,17 @@ def test_step_that_stands_out_is_diagnosed(asked, tmp_path):
         tiny_run(asked[1], tmp_path/'none', training__watch=dict(trackers=['wandb']))
     assert not (tmp_path/'none').exists()
 
+def test_a_notebook_shows_the_curve_and_a_terminal_does_not(asked, tmp_path):
+    r = tiny_run(asked[1], tmp_path, training__control_steps=2)
+    for name,progress,shown in (('terminal', True, 0), ('notebook', True, 2), ('quiet', False, 0)):
+        c = r.config.model_copy(update=dict(out=str(tmp_path/name)))
+        with mock.patch.object(pipeline, 'fast_dtype', return_value=torch.float32): r = Run(c, progress)
+        r.cache = r.judged = asked[2]
+        display = mock.Mock()
+        here = mock.Mock(version_info=(9, 0), display=mock.Mock(display=display), get_ipython=lambda: None if name=='terminal' else 'a notebook')
+        with mock.patch.dict(sys.modules, {'IPython': here}): quiet(r.train)
+        assert display.call_count==shown and all('<img' in o.args[0]['text/html'] for o in display.call_args_list)
+
 def test_what_the_teacher_leaves_out_is_in_the_report(asked, tmp_path):
     rows = [dict(prompt=p, split=s) for p,s in (('Say hello.', 'train'), ('word '*3000, 'train'), ('Say bye.', 'train'), ('Say why.', 'heldout'))]
     (tmp_path/'long.jsonl').write_text(''.join(json.dumps(o)+'\n' for o in rows))

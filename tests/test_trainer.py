@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
+from accelerate.utils import AORecipeKwargs
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +19,9 @@ from distill_nb.synthesis import TeacherSynthesizer, embedded_teacher, load_prom
 from distill_nb.distiller import Distiller
 from distill_nb.monitor import KLMonitor, token_mean
 from distill_nb.shard import collect
+from distill_nb.export import export_safetensors
 from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, held_out, train_distillation
+from distill_nb.watch import Diagnose, Watch
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -37,7 +41,14 @@ def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32
     args = dict(indices=range(8), batch_size=2, accum_steps=2, save_every=3, device='cpu', progress=False, ema=.9) | kw
     return DistillTrainer(dist, cache, stages, root/name, **args)
 
-def watch(tr): return Evaluate(lambda o: token_mean(held_out(o.distiller, [8, 9])), 4)
+def judged(tr):
+    with tr.averaged(): return token_mean(held_out(tr.distiller, [8, 9]))
+
+def watch(tr): return Evaluate(judged, 4)
+
+class Picky(KLMonitor):
+    "Objects to two steps, whatever they are like"
+    def judge(self, rows, row): return {5: 'example', 8: 'batch'}.get(row['step'], '')
 
 class Dies(Distiller):
     left = -1
@@ -89,8 +100,8 @@ def kill(root):
 def two(root):
     "Script for torchrun: the same run, its windows shared by two processes; then one that breaks off and goes on. With copies of the weights, and with shares"
     def run(name, **kw):
-        tr = make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, **kw)
-        tr.callbacks = [watch(tr), KeepBest(), *tr.callbacks]
+        tr = make(root, name, dtype=torch.float64, accum_steps=1, device=None, indices=range(16), save_every=6, dropout=.3, monitor=Picky(), **kw)
+        tr.callbacks = [watch(tr), KeepBest(), Watch(3), Diagnose(), *tr.callbacks]
         return tr
     class Breaks(Callback):
         def after_step(self, tr):
@@ -239,10 +250,22 @@ def together(root):
     run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', '29617', __file__, 'two', str(root)]
     out = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode==0, out.stderr[-3000:]
-    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3)
-    one.callbacks = [watch(one), KeepBest()]
+    one = make(root, 'one', dtype=torch.float64, indices=range(16), save_every=6, dropout=.3, monitor=Picky())
+    one.callbacks = [watch(one), KeepBest(), Watch(3), Diagnose()]
     one.fit()
     return one
+
+def names_in(folder):
+    "What is in the weights of an export, by its file alone: a loader may pass over what it does not know"
+    with safe_open(folder/'model.safetensors', 'pt') as f: return set(f.keys())
+
+def test_heads_are_in_checkpoints_and_not_in_exports(root, through):
+    heads = {f'param.heads.1.{n}' for n,_ in through.distiller.heads['1'].named_parameters()}
+    own = {n for n,_ in through.distiller.student.named_parameters()}
+    assert heads and heads<=load_tensors(through.checkpoints()[0])[0].keys()
+    through.save_student(root/'saved')
+    export_safetensors(through.distiller.student, through.cache.tokenizer, root/'exported')
+    assert names_in(root/'saved')==names_in(root/'exported')==own
 
 @pytest.mark.parametrize('name', ('copies', 'shares'))
 def test_two_processes_are_one(name, root, together):
@@ -251,13 +274,16 @@ def test_two_processes_are_one(name, root, together):
     with pytest.raises(ValueError, match='other stages, data or settings'): tr.fit()
     (t,meta),(best,_) = load_tensors(tr.checkpoints()[0]),load_tensors(tr.out/'best.safetensors')
     assert meta['step']==12 and all(t[f'param.{n}'].shape==p.shape for n,p in together.names.items())
-    assert LlamaForCausalLM.from_pretrained(root/f'{name}-student', dtype=torch.float64).state_dict().keys()==together.distiller.student.state_dict().keys()
+    assert names_in(root/f'{name}-student')=={n for n,_ in together.distiller.student.named_parameters()}
     for n,p in LlamaForCausalLM.from_pretrained(root/f'{name}-student', dtype=torch.float64).named_parameters(): torch.testing.assert_close(best[f'student.{n}'], p, rtol=0, atol=1e-7)
     for n,p in together.names.items(): torch.testing.assert_close(best[n], p, rtol=0, atol=1e-5)
     for a,b in zip(together.recorder.rows, meta['rows'], strict=True):
         assert (a['step'], a['n_tokens'], a['trains'])==(b['step'], b['n_tokens'], b['trains'])
-        assert all(abs(a[k]-b[k])<1e-5 for k in ('kl', 'grad_norm', 'heldout_kl') if k in a or k in b)
+        assert ('cause' in a)==(a['step'] in (5, 8)) and a.get('cause', '').split(':')[0]==b.get('cause', '').split(':')[0]
+        assert all(abs(a[k]-b[k])<1e-5 for k in ('kl', 'grad_norm', 'heldout_kl', 'entropy', 'teacher_entropy', 'overlap') if k in a or k in b)
         assert sorted(e[0] for e in a['examples'])==sorted(e[0] for e in b['examples'])
+        assert ('details' in a)==('details' in b)==(a['step']%3==0)
+        for x,y in zip(*(sorted(o.get('details', [])) for o in (a, b)), strict=True): assert x[0]==y[0] and all(abs(i-j)<1e-5 for i,j in zip(x, y, strict=True))
 
 def test_dropout_is_on_in_these_runs(root, together):
     dry = make(root, 'dry', dtype=torch.float64, indices=range(16), save_every=6, stages=[Stage('logits', 1)])
@@ -325,6 +351,26 @@ def test_loss_scaling(root, monkeypatch):
     again = make(root, 'overscaled', stages=stages, save_every=6)
     fit(again)
     assert again.accelerator.scaler.get_scale()==now
+
+@pytest.mark.parametrize('flag', (False, True))
+def test_fp8_of_torchao_trains_the_weights_that_are_there(flag, root, monkeypatch):
+    "On a CPU, which emulates the products; as accelerate sets it up, the optimizer is left with weights that nobody uses"
+    float8 = pytest.importorskip('torchao.float8')
+    asked = []
+    def recipe(**kw):
+        asked.append(kw)
+        return AORecipeKwargs(config=float8.Float8LinearConfig(emulate=True, pad_inner_dim=True, enable_fsdp_float8_all_gather=flag))
+    monkeypatch.setattr(distill_nb.trainer, 'check_fp8', lambda device: None)
+    monkeypatch.setattr(distill_nb.trainer, 'AORecipeKwargs', recipe)
+    tr = make(root, f'fp8-{flag}', mixed_precision='fp8', stages=[Stage('a', 3, alpha=.5)])
+    was = {n: p.clone() for n,p in tr.names.items()}
+    tr.fit()
+    assert asked==[dict(enable_fsdp_float8_all_gather=False)] and any(isinstance(m, float8.float8_linear.Float8Linear) for m in tr.distiller.modules())
+    still = {n for n,p in tr.names.items() if torch.equal(p, was[n])}
+    assert {n.split('.')[2] for n in still}==({'layers'} if flag else set()), still
+    if flag: return
+    tr.save_student(root/'fp8-student')
+    assert names_in(root/'fp8-student')=={n.removeprefix('student.') for n in was if n.startswith('student.')}
 
 if __name__=='__main__': dict(kill=kill, two=two)[sys.argv[1]](Path(sys.argv[2]))
 
