@@ -246,6 +246,7 @@ class Track(Callback):
     ):
         "Begin a run at each tracker"
         tr.accelerator.log_with = filter_trackers(self.trackers, tr.out)
+        tr.accelerator.project_configuration.set_directories(str(tr.out))
         about = {f'{s.name}.{k}': v for s in tr.stages for k,v in asdict(s).items() if isinstance(v, (int, float, str))}
         tr.accelerator.init_trackers(self.project, about)
 

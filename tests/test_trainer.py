@@ -21,7 +21,7 @@ from distill_nb.monitor import KLMonitor, token_mean
 from distill_nb.shard import collect
 from distill_nb.export import export_safetensors
 from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, held_out, train_distillation
-from distill_nb.watch import Diagnose, Watch
+from distill_nb.watch import Diagnose, Track, Watch
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
@@ -315,6 +315,20 @@ def test_transformers_trainer_has_the_same_gradients(root, tmp_path):
     n = sum(int((b['labels']!=-100).sum()) for b in window)
     for b in window: mine(b, n)['loss'].backward()
     for k,p in mine.named_parameters(): torch.testing.assert_close(grads[k], p.grad, rtol=0, atol=1e-6*p.grad.abs().max().item())
+
+def test_tensorboard_by_name(root):
+    "What a tracker of accelerate was sent, read back from its file: records of a length, its checksum, an event, its checksum"
+    events = pytest.importorskip('tensorboardX.proto.event_pb2')
+    tr = make(root, 'tracked', stages=[Stage('a', 3)], callbacks=[Track('tensorboard', project='mine')])
+    tr.fit()
+    [path],found,at = (tr.out/'mine').glob('events*'),{},0
+    data = path.read_bytes()
+    while at<len(data):
+        n = int.from_bytes(data[at:at+8], 'little')
+        e = events.Event.FromString(data[at+12:at+12+n])
+        found |= {(v.tag, e.step): v.simple_value for v in e.summary.value}
+        at += n+16
+    assert all(abs(found['kl', r['step']]-r['kl'])<1e-6 for r in tr.recorder.rows) and ('grad_norm', 2) in found
 
 def test_teacher_is_never_trained(teacher):
     before,batches = weights_sha256(teacher.model),torch.utils.data.DataLoader(teacher.cache, 4, collate_fn=teacher.cache.collate)
