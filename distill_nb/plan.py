@@ -307,8 +307,8 @@ def make_plan(config:Config, # What is planned
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     times = seconds(config, n, mean, *speed, width)
     if not config.teacher.present: on,host['teacher'],disk['cache'],times['teacher'] = {},0,0,0.
-    more = dict(projection=projection_cost(config), spread=bool(config.teacher.device_map))
-    return Plan(on, off, host, disk, times, served(config), served(config)/speed[1]/1e9, dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]) | more)
+    more,use = dict(projection=projection_cost(config), spread=bool(config.teacher.device_map)),served(config)
+    return Plan(on, off, host, disk, times, use, use/speed[1]/1e9, dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]) | more)
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
