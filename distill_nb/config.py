@@ -8,17 +8,19 @@ Docs: https://example.org/distill_nb/config.html.md"""
 __all__ = ['Size', 'LayerMap', 'Plan', 'Beta', 'HIDDEN', 'SPARSE', 'Table', 'Synthesis', 'Teacher', 'Prune', 'Projection',
            'Relations', 'n_matched', 'Lora', 'Attention', 'Student', 'Loss', 'Optimizer', 'Schedule', 'Memory',
            'Monitor', 'Watching', 'TrainingStage', 'Training', 'EarlyStopping', 'Judge', 'Validation', 'Prompts',
-           'Export', 'Config', 'Loader', 'key_lines', 'read_yaml', 'tables', 'suggest', 'explain', 'stage_list',
-           'tasks', 'total_steps', 'stage_rules', 'benchmark_rules', 'match_rules', 'other_rules', 'rules', 'preset']
+           'Export', 'Origin', 'Config', 'Loader', 'key_lines', 'read_yaml', 'tables', 'suggest', 'explain',
+           'stage_list', 'tasks', 'total_steps', 'stage_rules', 'benchmark_rules', 'match_rules', 'other_rules',
+           'rules', 'key_path', 'preset']
 
 # %% ../nbs/05c_config.ipynb #de1a0aaa
-import difflib, re, yaml
+import contextlib, difflib, re, yaml
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from fastcore.basics import patch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict, ValidationError
 
 from .benchmarks import misspelt, odd_settings
 from .student import Unfreeze
@@ -250,6 +252,21 @@ class Export(Table):
     gguf:list[Literal['f32', 'f16', 'q8_0', 'q4_k_m']] = [] # files for llama.cpp, by the type of their matrices
     onnx:bool = False # a folder for onnxruntime
 
+# %% ../nbs/05c_config.ipynb #3edb6e03
+@dataclass
+class Origin:
+    "Where a configuration was read; any two are equal"
+    path:str|Path = field(default='configuration', compare=False) # Named in errors
+    lines:dict = field(default_factory=dict, compare=False) # From `read_yaml`
+
+    def at(self,
+        loc:tuple, # Path of a key under `distillation`
+    )->str: # Such as 'my.yaml, line 3: '
+        "The front of a message; the table stands in for a key that is missing"
+        loc = 'distillation',*loc
+        line = next((self.lines[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in self.lines), None)
+        return f'{self.path}, line {line}: ' if line else f'{self.path}: '
+
 # %% ../nbs/05c_config.ipynb #afbc8cb1
 class Config(Table):
     "A whole distillation"
@@ -260,6 +277,7 @@ class Config(Table):
     prompts:Prompts = Prompts()
     export:Export = Export()
     out:str = 'distilled' # folder for student, checkpoints and report
+    _origin:Origin = PrivateAttr(default_factory=Origin)
 
 # %% ../nbs/05c_config.ipynb #0d612714
 class Loader(yaml.SafeLoader):
@@ -291,7 +309,7 @@ def read_yaml(path:str|Path, # A YAML file
     "Read a YAML file strictly; raises `ValueError` with file and line"
     try:
         loader = Loader(Path(path).read_text(encoding='utf-8'))
-        if (node := loader.get_single_node()) is None: raise ValueError(f'{path}: the file is empty: `distill init` writes one to start from')
+        if (node := loader.get_single_node()) is None: raise ValueError(f'{path}, line 1: the file is empty: `distill init` writes one to start from')
         lines = key_lines(node, path)
         return loader.construct_document(node),lines
     except yaml.MarkedYAMLError as e:
@@ -447,6 +465,12 @@ def rules(c:Config)->list[tuple[str, str]]: # Key, and what is wrong with it
         (c.validation.early_stopping and not c.validation.eval_frequency, 'validation.early_stopping', 'needs `validation.eval_frequency`')]
     return [(k, m) for bad,k,m in found+stage_rules(c)+match_rules(c)+other_rules(c)+benchmark_rules(c) if bad]
 
+# %% ../nbs/05c_config.ipynb #6fa4d0c8
+def key_path(key:str, # Such as 'training.stages.0.kind'
+)->tuple: # As in the keys of `read_yaml`'s lines, under `distillation`
+    "The path of a key"
+    return tuple(int(o) if o.isdigit() else o for o in key.split('.'))
+
 # %% ../nbs/05c_config.ipynb #5c786ddc
 @patch(cls_method=True)
 def from_dict(cls:Config,
@@ -455,14 +479,14 @@ def from_dict(cls:Config,
     lines:dict=None, # From `read_yaml`
 )->Config: # Checked
     "Check a configuration; raises `ValueError` that lists what is wrong"
-    def _at(loc):
-        loc = ('distillation', *loc)
-        line = next((lines[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in lines), None) if lines else None
-        return f'{path}, line {line}: ' if line else f'{path}: '
-    if not isinstance(o, dict) or set(o)!={'distillation'}: raise ValueError(f'{path}: expected one top-level key, `distillation`, with everything under it')
+    origin = Origin(path, lines or {})
+    if not isinstance(o, dict) or set(o)!={'distillation'}:
+        line = f", line {min((n for k,n in lines.items() if k[0]!='distillation'), default=1)}" if lines is not None else ''
+        raise ValueError(f'{path}{line}: expected one top-level key, `distillation`, with everything under it')
     try: c = cls.model_validate(o['distillation'])
-    except ValidationError as e: raise ValueError('\n'.join(_at(x['loc'])+explain(x) for x in e.errors())) from e
-    if bad := rules(c): raise ValueError('\n'.join(f"{_at(int(o) if o.isdigit() else o for o in k.split('.'))}{k}: {m}" for k,m in bad))
+    except ValidationError as e: raise ValueError('\n'.join(origin.at(x['loc'])+explain(x) for x in e.errors())) from e
+    c._origin = origin
+    if bad := rules(c): raise ValueError('\n'.join(f'{origin.at(key_path(k))}{k}: {m}' for k,m in bad))
     return c
 
 # %% ../nbs/05c_config.ipynb #32144c42
@@ -473,6 +497,26 @@ def from_yaml(cls:Config,
     "Read a configuration; raises `ValueError` that names file, line and key"
     o,lines = read_yaml(path)
     return cls.from_dict(o, path, lines)
+
+# %% ../nbs/05c_config.ipynb #a6cb4987
+@patch
+def placed(self:Config,
+    message:str, # Of an error
+)->str: # With file and line in front where it begins with a key
+    "Say where the key of an error stands"
+    m = re.match(r'([a-z_]+)(\.\w+)*(?=: )', message)
+    if not (m and m[1] in Config.model_fields and self._origin.lines): return message
+    return self._origin.at(key_path(m[0]))+message
+
+# %% ../nbs/05c_config.ipynb #084c0a69
+@patch
+@contextlib.contextmanager
+def placing(self:Config):
+    "Errors inside name the line of their key"
+    try: yield
+    except ValueError as e:
+        if (said := self.placed(str(e)))==str(e): raise
+        raise ValueError(said) from e
 
 # %% ../nbs/05c_config.ipynb #b019a735
 def preset(name:str, # 'demo'

@@ -6,8 +6,8 @@ Docs: https://example.org/distill_nb/pipeline.html.md"""
 
 # %% auto #0
 __all__ = ['ALONE', 'SPLITS', 'ANSWER', 'model_path', 'model_config', 'model_tokenizer', 'precision', 'sees', 'check_images',
-           'check_attention_of', 'check_models', 'watchers', 'optimizer', 'fast_type', 'Run', 'machine', 'prompt_rows',
-           'caches', 'codec']
+           'check_attention_of', 'check_depth', 'check_models', 'watchers', 'optimizer', 'fast_type', 'Run', 'machine',
+           'prompt_rows', 'caches', 'codec']
 
 # %% ../nbs/05d_pipeline.ipynb #b85f9e2a
 import contextlib, gc, json, platform, subprocess, sys, tempfile, threading, time
@@ -106,6 +106,13 @@ def check_attention_of(config:Config, # With `student.attention`
     if a.maps and (drop := [k for k in ('attention_dropout', 'attn_pdrop') if getattr(student, k, 0)]):
         raise ValueError(f'{at}.maps: the student drops attention weights in training, and its maps with them: set {drop[0]} to 0 in its config.json, or use 0 maps')
 
+# %% ../nbs/05d_pipeline.ipynb #798903a7
+def check_depth(config:Config, # What is planned
+    n_blocks:int, # Of the student
+): # Raises `ValueError` with the key to change
+    "Is a block left to train?"
+    if (k := config.student.freeze_below)>=n_blocks: raise ValueError(f'student.freeze_below: the student has {n_blocks} blocks, leave at least one to train, got {k}')
+
 # %% ../nbs/05d_pipeline.ipynb #23b4ab65
 def check_models(config:Config): # Raises `ValueError` with the key to change
     "Do the models' shapes and tokenizers fit what the file says of them?"
@@ -113,7 +120,7 @@ def check_models(config:Config): # Raises `ValueError` with the key to change
     m = t if s.prune else model_config(s.model_id)
     n = s.prune.n_layers if s.prune else m.num_hidden_layers
     if s.prune and n>=t.num_hidden_layers: raise ValueError(f'student.prune.n_layers: the teacher has {t.num_hidden_layers} blocks, keep fewer than that, got {n}')
-    if s.freeze_below>=n: raise ValueError(f'student.freeze_below: the student has {n} blocks, leave at least one to train, got {s.freeze_below}')
+    check_depth(config, n)
     if s.projection and (got := (s.projection.teacher_dim, s.projection.student_dim))!=(t.hidden_size, m.hidden_size):
         raise ValueError(f'student.projection: the models are {t.hidden_size} and {m.hidden_size} wide, the file says {got[0]} and {got[1]}')
     for name,o in (('teacher', t), ('student', m)):
@@ -174,10 +181,11 @@ class Run:
         self.stages = stage_list(config)
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.fast = fast_type(config, self.device)
-        self.precision = precision(config.training.memory.mixed_precision, self.fast)
-        self.watchers,self.optimizer = watchers(config.training.watch, progress),optimizer(config.training.optimizer.type)
-        check_models(config)
-        self.sees = sees(config)
+        with config.placing():
+            self.precision = precision(config.training.memory.mixed_precision, self.fast)
+            self.watchers,self.optimizer = watchers(config.training.watch, progress),optimizer(config.training.optimizer.type)
+            check_models(config)
+            self.sees = sees(config)
         self.parts,self.lock = [],threading.RLock() # what is being paid for, the innermost last
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -254,13 +262,14 @@ def prompt_rows(p:Prompts, # Which, and how many
 def caches(c:Config)->dict[str, list[dict]]: # Folder to its prompts; the last one is judged on
     "The caches of a run"
     draws,path = c.teacher.synthesis.n_responses,c.teacher.cache_dir
-    rows = prompt_rows(c.prompts)
-    how_many(rows, draws, c.teacher.synthesis.temperature)
-    rows = [o for r in rows for o in repeat_rows([r], draws if r['split']=='train' else 1)]
-    for k in tasks(c):
-        if k and not any(r.get('family')==k for r in rows if r['split']=='train'): raise ValueError(f'student.lora.tasks: no prompt for training is of family {k!r}')
-        if c.validation.eval_frequency and not any(r['split']=='heldout' and k in (None, r.get('family')) for r in rows):
-            raise ValueError(f"validation.eval_frequency: no prompt of split 'heldout'{f' is of family {k!r}' if k else ' is there'} to judge on during training: give some, or leave it out")
+    with c.placing():
+        rows = prompt_rows(c.prompts)
+        how_many(rows, draws, c.teacher.synthesis.temperature)
+        rows = [o for r in rows for o in repeat_rows([r], draws if r['split']=='train' else 1)]
+        for k in tasks(c):
+            if k and not any(r.get('family')==k for r in rows if r['split']=='train'): raise ValueError(f'student.lora.tasks: no prompt for training is of family {k!r}')
+            if c.validation.eval_frequency and not any(r['split']=='heldout' and k in (None, r.get('family')) for r in rows):
+                raise ValueError(f"validation.eval_frequency: no prompt of split 'heldout'{f' is of family {k!r}' if k else ' is there'} to judge on during training: give some, or leave it out")
     if c.teacher.store not in SPARSE: return {path: rows}
     parts = {p: [r for r in rows if (r['split']=='train')==(p==path)] for p in (path, f'{path}/judged')}
     return {k: v for k,v in parts.items() if v}
@@ -279,7 +288,7 @@ def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
     "Load the teacher, once"
     if self.teacher: return self.teacher
     t = self.config.teacher
-    if not t.present: raise ValueError('teacher.present: is false, and this needs the teacher')
+    if not t.present: raise ValueError(self.config.placed('teacher.present: is false, and this needs the teacher'))
     dtype = getattr(torch, t.dtype, None) if t.dtype!='auto' else None if self.device=='cuda' else self.fast
     put = {}
     if t.device_map:
@@ -287,7 +296,7 @@ def load_teacher(self:Run)->TeacherSynthesizer: # Frozen
         put = dict(device_map=t.device_map, offload_folder=self.away.name)
     if t.max_memory: put['max_memory'] = {int(k) if str(k).isdigit() else k: v for k,v in t.max_memory.items()}
     res = (ImageTeacher if self.sees else TeacherSynthesizer)(model_path(t.model_id), device=self.device, dtype=dtype, **put)
-    if res.model.device.type=='meta': raise ValueError('teacher.max_memory: leaves the embeddings no room but the disk: give the first device more')
+    if res.model.device.type=='meta': raise ValueError(self.config.placed('teacher.max_memory: leaves the embeddings no room but the disk: give the first device more'))
     self.teacher = res
     return res
 

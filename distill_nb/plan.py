@@ -27,7 +27,7 @@ from .cache import TeacherCache, load_manifest, repair_cache, verify_cache
 from .files import CacheError, claim
 from .config import Config, n_matched, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
-from .pipeline import Run, caches, check_models, codec, optimizer, precision, watchers
+from .pipeline import Run, caches, check_depth, check_models, codec, optimizer, precision, watchers
 from .recipes import judge_model, run
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
@@ -108,6 +108,7 @@ def student_sizes(config:Config, # What is planned
     c = cut_config(shape(config.teacher.model_id), range(s.prune.n_layers)) if s.prune else shape(s.model_id)
     for k in ('intermediate_size', 'num_attention_heads'):
         if s.prune and getattr(s.prune, k): setattr(c, k, getattr(s.prune, k))
+    with config.placing(): check_depth(config, c.num_hidden_layers)
     model = empty_model(c)
     model = add_lora(model, s.lora.r, s.lora.alpha, s.freeze_below) if s.lora else freeze_below(model, s.freeze_below)
     every = {n for n,_ in model.named_parameters()}
@@ -241,6 +242,7 @@ class Plan(NamedTuple):
     disk:dict # Bytes: `cache`, `output`
     seconds:dict # `teacher`, `student`
     served:int # Bytes of the student when it answers in bf16, one conversation of 4,096 tokens
+    token:float # Seconds of a token of that answer, at least
     settings:dict # What was assumed
 
 # %% ../nbs/06a_plan.ipynb #ae43b338
@@ -305,8 +307,8 @@ def make_plan(config:Config, # What is planned
     disk = disk_space(config, n, mean, width, len(folders[-1]) if len(folders)>1 else 0)
     times = seconds(config, n, mean, *speed, width)
     if not config.teacher.present: on,host['teacher'],disk['cache'],times['teacher'] = {},0,0,0.
-    more = dict(projection=projection_cost(config), spread=bool(config.teacher.device_map))
-    return Plan(on, off, host, disk, times, served(config), dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]) | more)
+    more,use = dict(projection=projection_cost(config), spread=bool(config.teacher.device_map)),served(config)
+    return Plan(on, off, host, disk, times, use, use/speed[1]/1e9, dict(device=device, prompts=n, length=length, tflops=speed[0], gbps=speed[1]) | more)
 
 # %% ../nbs/06a_plan.ipynb #03430f2e
 def fits(n_bytes:int, # Wanted
@@ -332,7 +334,7 @@ def __str__(self:Plan):
         res += [f"  {k.replace('_', ' '):26} {gb(v):>9}" for k,v in parts.items() if v]
     if s.get('spread'): res.append('  The teacher is spread: what the device has no room for is in host memory or on the disk, and takes longer than this')
     if s['projection']: res.append(f"  Matching hidden states adds {s['projection']:.2%} to the operations of training")
-    return '\n'.join(res + [f'\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)})',
+    return '\n'.join(res + [f"\nWhen the student answers, in bf16: {gb(self.served)} ({fits(self.served)}); at least {1e3*self.token:.1f} ms a token at {s['gbps']:g} GB/s",
         f"On the disk: {gb(self.disk['cache'])} for the cache, {gb(self.disk['output'])} for student and checkpoints"])
 
 # %% ../nbs/06a_plan.ipynb #336ca6c5
@@ -492,7 +494,7 @@ def obstacles(config:Config, # What is planned
     if not config.teacher.present: checks += [partial(TeacherCache, p) for p in caches(config)]
     for check in checks:
         try: check()
-        except (ValueError, OSError, CacheError) as e: res.append(str(e))
+        except (ValueError, OSError, CacheError) as e: res.append(config.placed(str(e)))
     return res
 
 # %% ../nbs/06a_plan.ipynb #c1768aa0

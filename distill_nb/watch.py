@@ -6,7 +6,7 @@ Docs: https://example.org/distill_nb/watch.html.md"""
 
 # %% auto #0
 __all__ = ['is_whole', 'both_logits', 'token_stats', 'Watch', 'small_table', 'notebook_display', 'ShowKL', 'kls_now',
-           'not_finite', 'overflow', 'wrong_scale', 'cause', 'Diagnose', 'Track']
+           'not_finite', 'overflow', 'wrong_scale', 'cause', 'Diagnose', 'installed', 'Track']
 
 # %% ../nbs/03c_watch.ipynb #393d06be
 import math, sys
@@ -229,6 +229,13 @@ class Diagnose(Callback):
         tr.row['cause'] = cause(tr, tr.row)
         print(f"step {tr.row['step']}: {tr.row['cause']}")
 
+# %% ../nbs/03c_watch.ipynb #1406add9
+def installed(tracker:str, # A name that accelerate knows; raises `ValueError` for another
+)->bool: # Can it be used here?
+    "Is a tracker there?"
+    try: return bool(filter_trackers([tracker], '.'))
+    except RuntimeError: return False # accelerate would log that it is not, and has no log before its first use
+
 # %% ../nbs/03c_watch.ipynb #275b567f
 class Track(Callback):
     "Send the numbers of each step to trackers"
@@ -239,7 +246,7 @@ class Track(Callback):
         "Keep the settings; raises `ImportError` for a tracker that is not installed"
         self.trackers,self.project = list(trackers),project
         for n in trackers:
-            if isinstance(n, str) and not filter_trackers([n], '.'): raise ImportError(f"tracker {n!r} is not installed: pip install {n}")
+            if isinstance(n, str) and not installed(n): raise ImportError(f"tracker {n!r} is not installed: pip install {n}")
 
     def open(self,
         tr, # The `DistillTrainer`

@@ -9,15 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 class Links(HTMLParser):
-    "Targets and anchors of a page"
+    "Targets, pictures and anchors of a page"
     def __init__(self):
         super().__init__()
-        self.to,self.ids = [],set()
+        self.to,self.imgs,self.ids = [],[],set()
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if 'id' in a: self.ids.add(a['id'])
         if (url := a.get('href') if tag=='a' else a.get('src') if tag=='img' else None): self.to.append(url)
+        if tag=='img': self.imgs.append(a.get('src'))
 
 @functools.cache
 def links(p):
@@ -36,6 +37,18 @@ def site(tmp_path_factory):
 def test_each_notebook_has_a_page(site):
     pages = {p.stem for p in site.rglob('*.html')}
     assert {p.stem.split('_', 1)[-1] for p in (ROOT/'nbs').rglob('*.ipynb')} <= pages
+
+def plots(nb):
+    "Pictures in a notebook's outputs, which its page must show; hidden cells have no page"
+    cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code' and not ''.join(c['source']).startswith('#| hide\n')]
+    return sum('image/png' in o.get('data', {}) or '<img' in ''.join(o.get('data', {}).get('text/html', '')) for c in cells for o in c['outputs'])
+
+def test_every_plot_is_on_its_page(site):
+    root,found = ROOT/'nbs',{}
+    for nb in root.rglob('*.ipynb'):
+        page = site/nb.relative_to(root).with_name(nb.stem.split('_', 1)[-1]+'.html')
+        found[nb.stem] = plots(nb),len(set(links(page).imgs))
+    assert sum(n for n,_ in found.values())>40 and all(n==shown for n,shown in found.values()), {k: v for k,v in found.items() if v[0]!=v[1]}
 
 def test_no_link_points_nowhere(site):
     bad = []
@@ -146,14 +159,22 @@ LOOK = """(async () => {
   }
   return out.slice(0, 8) })()"""
 
-def test_each_page_in_a_browser_at_phone_width(site, served, browser):
-    browser.size(390, 844)
+SCHEME = """(() => {
+  const dark = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(v => v < 80);
+  return document.body.dataset.mdColorScheme + (dark ? ', dark' : ', light') })()"""
+
+@pytest.mark.parametrize('width,scheme', [(390, 'default, light'), (1280, 'slate, dark')])
+def test_each_page_in_a_browser(site, served, browser, width, scheme):
+    "On a phone by day, on a desk by night; the button is pressed once, and the site remembers it"
+    browser.size(width, 844)
+    browser.open(f'{served}/index.html')
+    browser.js(f"document.querySelector('#__palette_{int('dark' in scheme)}').click()")
     bad = {}
     for p in sorted(site.rglob('*.html')):
         if p.name=='404.html': continue
         events = browser.open(f'{served}/{p.relative_to(site)}')
-        found = browser.js(LOOK)
-        if (found := [*found, *complaints(events, served)]): bad[p.name] = found
+        found = [*browser.js(LOOK), *([] if (got := browser.js(SCHEME))==scheme else [f'is {got}']), *complaints(events, served)]
+        if found: bad[p.name] = found
     assert not bad, bad
 
 SEARCH = """(async () => {

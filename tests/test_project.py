@@ -12,7 +12,7 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'shard', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
+ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'practice', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'shard', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
     'export', 'serving', 'winrate', 'config', 'pipeline', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
@@ -58,15 +58,29 @@ def test_chapter_is_one_sitting(p):
 
 SIGNATURE = re.compile(r'(\*{0,2}\w+(:.*|=.*)?,|\)(->.*)?:) # ') # an argument with its docment
 
-def test_no_six_lines_stand_twice():
+def sources():
+    "Name and code of each file; the cells of a notebook one by one, and with them the modules, which are made of cells"
+    for d in ('tests', 'bench', 'tools'):
+        for p in sorted((ROOT/d).glob('*.py')): yield p.name,p.read_text(encoding='utf-8')
+    for p in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for i,c in enumerate(cells(p)):
+            if c['cell_type']=='code': yield f'{p.name}[{i}]',''.join(c['source'])
+
+def repeats(sources, n=6):
+    "Blocks of `n` lines in all, and where one stands twice"
     seen,twice = {},[]
-    files = [p for d in ('distill_nb', 'tests', 'bench', 'tools') for p in sorted((ROOT/d).glob('*.py')) if p.name!='_modidx.py']
-    for p in files:
-        lines = [(i, s) for i,l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if (s := l.strip()) and s[0]!='#' and not SIGNATURE.match(s)]
-        for six in zip(*(lines[k:] for k in range(6))):
-            at = f'{p.name}:{six[0][0]}'
-            if (was := seen.setdefault(tuple(s for _,s in six), at))!=at: twice.append(f'{was} and {at}')
-    assert len(seen)>5000 and not twice, twice
+    for name,text in sources:
+        lines = [(i, s) for i,l in enumerate(text.splitlines(), 1) if (s := l.strip()) and s[0]!='#' and not SIGNATURE.match(s)]
+        for block in zip(*(lines[k:] for k in range(n))):
+            at = f'{name}:{block[0][0]}'
+            if (was := seen.setdefault(tuple(s for _,s in block), at))!=at: twice.append(f'{was} and {at}')
+    return len(seen),twice
+
+def test_no_six_lines_stand_twice():
+    n,twice = repeats(sources())
+    assert n>5000 and not twice, twice
+    six = 'a = 1\n\nb = 2\nc = 3\nd = 4\ne = 5\nf = 6\n'
+    assert repeats([('x', six), ('y', f'# so\n  {six}')])==(1, ['x:1 and y:2']) and not repeats([('x', six), ('y', six.replace('6', '7'))])[1]
 
 @pytest.mark.parametrize('p', NBS, ids=lambda p: p.stem)
 def test_chapter_has_its_parts(p):

@@ -1,5 +1,5 @@
 "Files of users: each preset and the template run on tiny models, and broken files stop before anything runs"
-import contextlib, io, json, math, shutil, subprocess, sys, textwrap, time
+import contextlib, io, json, math, re, shutil, subprocess, sys, textwrap, time
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from distill_nb import pipeline, recipes, winrate
+from distill_nb import pipeline, practice, recipes, winrate
 from distill_nb.cache import TeacherCache
 from distill_nb.files import CacheError, claim, load_json
-from distill_nb.config import Config, preset, read_yaml, tables
+from distill_nb.config import Config, Loader, preset, read_yaml, tables
 from distill_nb.eval import Report, level
 from distill_nb.plan import main, make_plan, projection_cost, verify
 from distill_nb.pipeline import Run, prompt_rows
@@ -64,11 +64,7 @@ TEMPLATE = textwrap.dedent('''\
 
 def save_tiny(path, width, layers, seed, vocab=49152):
     "A random Llama with the embedded teacher's tokenizer, on disk"
-    torch.manual_seed(seed)
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=2, initializer_range=.15, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1))
-    for o in (m, AutoTokenizer.from_pretrained(embedded_teacher())): o.save_pretrained(path)
-    return str(path)
+    return str(practice.save_tiny(path, layers, .15, seed, vocab_size=vocab, hidden_size=width, intermediate_size=2*width))
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
@@ -121,6 +117,7 @@ def small(o, pair, out):
     if 'unfreeze' in c['training'].get('stages', [{}])[0]: c['training']['stages'][0]['unfreeze'] = [[0., 1], [.5, 'all']]
     c['training']['memory']['mixed_precision'] = 'no'
     c['validation']['eval_frequency'] = 2
+    if 'limit' in c['validation']: c['validation']['limit'] = 2
     if 'control_steps' in c['training']: c['training']['control_steps'] = 2
     return o
 
@@ -147,6 +144,7 @@ def test_preset_runs_end_to_end(name, pair, tmp_path):
     assert rep.models['student']['heldout'].kl!=rep.models['start']['heldout'].kl
     assert [i for i,r in enumerate(rows) if 'heldout_kl' in r]==list(range(1, n, 2))
     assert all(('feature' in r)==(name=='low_latency') for r in rows)
+    assert set(rep.benchmarks)=={'teacher', 'before', 'student', 'control'} and all(o['reasoning']['n']==2 and 'verifier' in o['reasoning']['how'] for o in rep.benchmarks.values())
     assert (rows[0]['trains']<rows[-1]['trains'])==(name=='budget')
     m = LlamaForCausalLM.from_pretrained(tmp_path/'run/model')
     assert (m.config.hidden_size, m.config.num_hidden_layers)==(32, 2) and Report.load(tmp_path/'run/report').at==rep.at
@@ -209,11 +207,19 @@ def test_projection_of_low_latency_costs_less_than_two_percent():
     assert 0<projection_cost(c)<.02
     assert f'adds {projection_cost(c):.2%} to the operations of training' in str(make_plan(c))
 
+def test_plan_of_low_latency_says_that_a_token_takes_less_than_20_ms(tmp_path, capsys):
+    (tmp_path/'t.yaml').write_text((files('distill_nb')/'data/low_latency.yaml').read_text())
+    for gbps,least,most in ((400, 15, 20), (200, 30, 40)):
+        main(['plan', str(tmp_path/'t.yaml'), '--gbps', str(gbps)])
+        ms, = re.findall(rf'at least ([\d.]+) ms a token at {gbps} GB/s', capsys.readouterr().out)
+        assert least<float(ms)<most
+
 def test_template_means_what_it_says(tmp_path):
     (tmp_path/'t.yaml').write_text(TEMPLATE)
     c = Config.from_yaml(tmp_path/'t.yaml')
     got = c.model_dump(exclude_unset=True)
     want = read_yaml(tmp_path/'t.yaml')[0]['distillation']
+    assert yaml.load(practice.TEMPLATE, Loader)==dict(distillation=want) # the same file, in fewer lines
     assert got==want and got['training']['optimizer']['lr']==2e-5
     with pytest.raises(ValueError, match='fp16.*needs a GPU'): Run(c)
     assert not Path(c.out).exists()
@@ -263,7 +269,8 @@ BROKEN = {'unknown key': ('lr: 2e-5', 'Ir: 2e-5', 'line 23', "did you mean 'lr'?
     'boolean': ('max_steps: 8000', 'max_steps: true', 'line 27', 'should be a valid integer'), 'infinite': ('lr: 2e-5', 'lr: .inf', 'line 23', 'finite'),
     'duplicate': ('patience: 3', 'patience: 3\n      patience: 4', 'line 37', 'second time, first in line 36'),
     'python tag': ('max_new_tokens: 512', 'max_new_tokens: !!python/object/apply:os.mkdir [TOUCHED]', 'line 7', 'could not determine a constructor'),
-    'indentation': ('  student:', ' student:', 'line 10', ''), 'empty': (TEMPLATE, '', '', 'the file is empty'), 'one comment': (TEMPLATE, '# nothing', '', 'the file is empty'),
+    'indentation': ('  student:', ' student:', 'line 10', ''), 'empty': (TEMPLATE, '', 'line 1', 'the file is empty'), 'one comment': (TEMPLATE, '# nothing', 'line 1', 'the file is empty'),
+    'two roots': ('  validation:', 'validation:', 'line 32', 'expected one top-level key'),
     'tracker': ('    optimizer:', '    trackers: [wandb]\n    optimizer:', 'line 21', "training.trackers: unknown key, did you mean 'training.watch.trackers'?"),
     'elsewhere': ('type: "adamw"', 'batch_size: 4', 'line 22', "did you mean 'training.memory.batch_size'?")}
 
@@ -276,6 +283,36 @@ def test_broken_file_is_one_message_with_its_line_and_nothing_runs(kind, tmp_pat
     said = capsys.readouterr().err
     assert said.startswith('distill: t.yaml') and all(w in said for w in want) and said.count('\n')==1, said
     assert [p.name for p in tmp_path.iterdir()]==['t.yaml']
+
+FITTING = """distillation:
+  teacher:
+    model_id: TEACHER
+    cache_dir: cache
+    store: bf16
+  student:
+    model_id: STUDENT
+    freeze_below: 1
+  prompts:
+    train: 8
+  training:
+    schedule: {max_steps: 4, warmup_steps: 1}
+    memory:
+      mixed_precision: auto
+  validation: {answers: 0}
+"""
+
+@pytest.mark.parametrize('old,new,line,want', [('freeze_below: 1', 'freeze_below: 2', 8, 'student.freeze_below: the student has 2 blocks'),
+    ('train: 8', 'train: 99999', 10, 'prompts.train: 99999 are asked for'), ('train: 8', 'file: none.jsonl', 10, 'prompts.file: none.jsonl: no such file'),
+    ('freeze_below: 1', 'attention: {maps: 3}', 8, 'student.attention.maps: the student has 2 blocks'), ('auto', 'fp16', 14, "training.memory.mixed_precision: 'fp16' needs a GPU"),
+    ('    memory', '    watch: {trackers: [aim]}\n    memory', 13, 'training.watch.trackers: ')])
+def test_what_does_not_fit_the_models_is_named_with_its_line(old, new, line, want, pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = FITTING.replace(old, new).replace('TEACHER', pair[0]).replace('STUDENT', pair[1])
+    if 'maps' in new: text = text.replace('schedule: {max_steps: 4, warmup_steps: 1}', 'stages: [{kind: attention, steps: 4, loss: {alpha: .5}}]').replace('    memory', '    schedule: {warmup_steps: 1}\n    memory')
+    (tmp_path/'t.yaml').write_text(text)
+    for words in (['run', 't.yaml'], ['run', 't.yaml', '--dry-run']):
+        with mock.patch.object(Run, 'load_teacher', side_effect=AssertionError('loaded')): assert main(words)==1
+        assert f't.yaml, line {line}: {want}' in ''.join(capsys.readouterr())
 
 @pytest.mark.parametrize('value,want', [('2e-5', 2e-5), ('2E-5', 2e-5), ('+1.5e3', 1500.), ('1e-05', 1e-5), ('.5e-1', .05), ('0.1', .1)])
 def test_numbers_are_floats(value, want, tmp_path):

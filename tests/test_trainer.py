@@ -1,6 +1,7 @@
 "What chapter 03 cannot show: processes that are killed, files that rot, two processes, other trainers"
 import io, json, os, shutil, signal, subprocess, sys, tempfile
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +9,10 @@ import pytest, torch
 from accelerate.utils import AORecipeKwargs
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import distill_nb.files, distill_nb.trainer
+from distill_nb import practice
 from distill_nb.cache import TeacherCache, build_cache
 from distill_nb.files import load_tensors
 from distill_nb.loss import DistillationLoss
@@ -26,10 +28,7 @@ from distill_nb.watch import Diagnose, Track, Watch
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
 SAVES = ('fsync', 'replace', 'sidecar', 'unlink') # where the checkpoint after step 9 dies
 
-def tiny(n_layers, std, seed):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=n_layers, num_attention_heads=2,
-        num_key_value_heads=2, initializer_range=std, tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1))
+tiny = partial(practice.tiny, vocab_size=600, hidden_size=16, intermediate_size=32)
 
 def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32, dropout=0., **kw):
     "A run of two stages with an unfreezing, features, averages and an evaluation"

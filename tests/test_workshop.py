@@ -5,7 +5,8 @@ from pathlib import Path
 import matplotlib, pytest, torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from distill_nb.config import Config
+from distill_nb.eval import Report
+from distill_nb.practice import practice_tokenizer
 from distill_nb.synthesis import embedded_teacher
 
 matplotlib.use('agg')
@@ -159,7 +160,22 @@ def test_matrices_in_two_parts_give_the_loss_of_whole_ones(two):
     one,both = ([float(o) for o in two[0][l].split()] for l in ('python tensor.py', 'torchrun --nproc_per_node 2 tensor.py'))
     assert len(one)==4 and one[-1]<one[0] and one==pytest.approx(both, rel=1e-4)
 
-def test_howto_yaml_is_a_configuration(tmp_path):
-    (tmp_path/'o.yaml').write_text(blocks(ROOT/'nbs/howto/two_models.md', 'yaml')[0])
-    c = Config.from_yaml(tmp_path/'o.yaml')
-    assert c.teacher.model_id!=c.student.model_id and c.teacher.model_id!='embedded' and c.student.prune is None
+def test_two_models_of_ones_own_go_through_their_page(tmp_path, monkeypatch):
+    "Its prompts, YAML and commands as printed, in an empty folder and with a pair that is not the demo's: another family, a tokenizer of its own, fewer words and steps"
+    monkeypatch.chdir(tmp_path)
+    page,names = ROOT/'nbs/howto/two_models.md',{'Qwen/Qwen2.5-7B-Instruct': 'teacher', 'Qwen/Qwen2.5-0.5B-Instruct': 'student', 'my-student': 'qwen/model'}
+    mine = lambda s: re.sub('|'.join(names), lambda m: names[m[0]], s)
+    for name,width,layers in (('teacher', 48, 3), ('student', 32, 2)):
+        torch.manual_seed(width)
+        c = Qwen2Config(vocab_size=600, hidden_size=width, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            initializer_range=.3, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        for o in (Qwen2ForCausalLM(c), practice_tokenizer(600)): o.save_pretrained(name)
+    Path('my.jsonl').write_text(blocks(page, 'json')[0])
+    few = dict(max_new_tokens=4, warmup_steps=1, max_steps=4, control_steps=2)
+    Path('qwen.yaml').write_text(re.sub(rf"({'|'.join(few)}): \d+", lambda m: f'{m[1]}: {few[m[1]]}', mine(blocks(page, 'yaml')[0])))
+    lines = mine('\n'.join(blocks(page, 'sh')).replace('\\\n', ' '))
+    said = {l: say(f'import shlex; from distill_nb.plan import main; assert main(shlex.split({l!r}, comments=True)[1:])==0', {}) for l in lines.splitlines() if l.startswith('distill ')}
+    assert [l.split()[1] for l in said]==['plan', 'run', 'run', 'eval'] and all(s in ' '.join(said.values()) for s in ('While the student trains', 'Everything is in qwen', 'Everything is in judged'))
+    assert say(re.search(r'python -c "\n(.*?)"', lines, re.S)[1], {}).startswith("[{'generated_text': 'Name a fruit.")
+    for out,models in (('qwen', {'teacher', 'start', 'student', 'student @ 2 steps', 'control'}), ('judged', {'teacher', 'before', 'student'})): assert set(Report.load(f'{out}/report').models)==models
+    assert Qwen2ForCausalLM.from_pretrained('qwen/model').config.hidden_size==32

@@ -12,7 +12,7 @@ from pathlib import Path
 SPAN = re.compile(r'\[([^\]]*)\]\(([^)]*)\)\{([^}]*)\}')
 CALLOUT = re.compile(r'^:::+ *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::+ *$', re.M|re.S)
 EMPTY = re.compile(r'```python\s+(?:def|class) [A-Z]\w*\(\s*(?:\*\*data:\s*Any|\*args,\s*\*\*kwargs)\s*\)\s*(?:->\s*None)?:?\s*```\s*') # of a class
-CHAPTER = re.compile(r'\]\((\w+)\.ipynb(#[^)]*)?\)')
+CHAPTER = re.compile(r'\]\((\.\./)?(\w+)\.ipynb(#[^)]*)?\)')
 LINK = re.compile(r'\]\((?:\.\./)?([\w./-]+)\)')
 
 def _callout(m): return f'!!! {m[1]}\n\n' + re.sub('^', '    ', m[2].strip(), flags=re.M) + '\n'
@@ -98,7 +98,7 @@ def repo_files(md, root, more):
 
 def readme(md, dest):
     "README.md in folder `dest` from the index page: chapters are links to notebooks, figures live in `assets`"
-    s = CHAPTER.sub(lambda m: f'](nbs/{m[1]}.ipynb{m[2] or ""})', from_root((md/'index.md').read_text(), dest))
+    s = CHAPTER.sub(lambda m: f'](nbs/{m[2]}.ipynb{m[3] or ""})', from_root((md/'index.md').read_text(), dest))
     figs = sorted((md/'index_files').glob('*')) if (md/'index_files').exists() else []
     shutil.rmtree(dest/'assets', ignore_errors=True)
     for f in figs:
@@ -136,7 +136,7 @@ def main(
     if readme_only: return
     pages(root, md)
     for f in md.rglob('*.md'):
-        s = CHAPTER.sub(lambda m: f']({page_name(m[1])}.md{m[2] or ""})', math(from_root(f.read_text(), root)))
+        s = CHAPTER.sub(lambda m: f']({m[1] or ""}{page_name(m[2])}.md{m[3] or ""})', math(from_root(f.read_text(), root)))
         f.write_text(symbols(s, f.stem, '../'*(len(f.relative_to(md).parts)-1), cfg.doc_host+cfg.doc_baseurl))
     shutil.copytree(root/'tools/site', md, dirs_exist_ok=True)
     repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md', 'bench/RESULTS.md', 'bench/LOG.md'])
