@@ -139,6 +139,6 @@ def main(
         s = CHAPTER.sub(lambda m: f']({m[1] or ""}{page_name(m[2])}.md{m[3] or ""})', math(from_root(f.read_text(), root)))
         f.write_text(symbols(s, f.stem, '../'*(len(f.relative_to(md).parts)-1), cfg.doc_host+cfg.doc_baseurl))
     shutil.copytree(root/'tools/site', md, dirs_exist_ok=True)
-    repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md', 'bench/RESULTS.md', 'bench/LOG.md'])
+    repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md', 'bench/RESULTS.md', 'bench/quality.png', 'bench/LOG.md'])
     mkdocs = Path(sys.executable).with_name('mkdocs')
     subprocess.run([str(mkdocs), 'build', '-q', '--strict'], check=True, cwd=root, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
