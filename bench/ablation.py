@@ -8,7 +8,7 @@ stay as they start, where no other plan is named). Each run is kept as a file in
 the table is printed, and written as the section "Ablation" of RESULTS.md beside this file. Intervals are over prompts, the seeds of a prompt together, paired
 with `logits`. With OMP_NUM_THREADS=1 two calls with different `--only` can work side by side once the cache is there; `--report` makes their table.
 """
-import argparse, contextlib, shutil, sys, time
+import argparse, contextlib, os, shutil, sys, time
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ class Ablation:
 
     def fit(self, dist, name, steps, seed, cache=None, lr=LR, **kw):
         "Train for a stage, and leave no checkpoint behind"
-        c,tmp = cache or self.cache,self.out/f'run-{name}-{seed}'
+        c,tmp = cache or self.cache,self.out/f'run-{name}-{seed}-{os.getpid()}'
         shutil.rmtree(tmp, ignore_errors=True)
         tr = DistillTrainer(dist, c, [Stage(name, steps, lr=lr, **kw)], tmp, self.idx if c is self.cache else None, device='cpu', seed=seed,
             save_every=10**6, progress=False)
