@@ -1,5 +1,5 @@
 "The site builds without network, nothing on it points nowhere, and a browser shows all of it"
-import functools, http.server, itertools, json, os, select, shutil, subprocess, sys, threading
+import functools, http.server, itertools, json, os, re, select, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -59,6 +59,11 @@ def test_no_link_points_nowhere(site):
             target = (p.parent/unquote(u.path)).resolve() if u.path else p
             if target.is_dir(): target = target/'index.html'
             if not target.exists() or (u.fragment and target.suffix=='.html' and u.fragment not in links(target).ids): bad.append((p.name, url))
+    assert not bad, bad
+
+def test_no_link_is_left_as_text(site):
+    prose = lambda p: re.sub(r'<code.*?</code>|<[^>]*>', '', p.read_text(encoding='utf-8'), flags=re.S)
+    bad = [p.name for p in site.rglob('*.html') if re.search(r'\]\([\w./-]+\.(md|ipynb)', prose(p))]
     assert not bad, bad
 
 def test_nothing_is_loaded_from_elsewhere(site):

@@ -14,6 +14,7 @@ CALLOUT = re.compile(r'^:::+ *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::+ *$', re.M|re.
 EMPTY = re.compile(r'```python\s+(?:def|class) [A-Z]\w*\(\s*(?:\*\*data:\s*Any|\*args,\s*\*\*kwargs)\s*\)\s*(?:->\s*None)?:?\s*```\s*') # of a class
 CHAPTER = re.compile(r'\]\((\.\./)?(\w+)\.ipynb(#[^)]*)?\)')
 LINK = re.compile(r'\]\((?:\.\./)?([\w./-]+)\)')
+NESTED = re.compile(r'\[\[(`[^`]+`)\]\([^)]+\)\]\(([^)]+)\)') # a link of ours around a symbol that was linked by itself
 
 def _callout(m): return f'!!! {m[1]}\n\n' + re.sub('^', '    ', m[2].strip(), flags=re.M) + '\n'
 
@@ -136,7 +137,7 @@ def main(
     if readme_only: return
     pages(root, md)
     for f in md.rglob('*.md'):
-        s = CHAPTER.sub(lambda m: f']({m[1] or ""}{page_name(m[2])}.md{m[3] or ""})', math(from_root(f.read_text(), root)))
+        s = CHAPTER.sub(lambda m: f']({m[1] or ""}{page_name(m[2])}.md{m[3] or ""})', math(from_root(NESTED.sub(r'[\1](\2)', f.read_text()), root)))
         f.write_text(symbols(s, f.stem, '../'*(len(f.relative_to(md).parts)-1), cfg.doc_host+cfg.doc_baseurl))
     shutil.copytree(root/'tools/site', md, dirs_exist_ok=True)
     repo_files(md, root, ['CONTRIBUTING.md', 'CHANGELOG.md', 'bench/RESULTS.md', 'bench/quality.png', 'bench/LOG.md'])
