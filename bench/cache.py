@@ -110,14 +110,18 @@ def noise(codec, h, hs, head):
     ours = torch.stack([off(codec.decode(codec.encode(h+e, head), 0, len(h))) for e in (0, 1e-6, 2e-6, 3e-6)])
     return n,*(o.square().mean().sqrt().item() for o in (ours, theirs))
 
-def rate(f, n, repeats=5):
-    "Rows per second of CPU time, the best of some runs over `n` rows"
-    best = 1e9
+def quickest(f, repeats=5):
+    "CPU seconds of `f`, the best of some runs"
+    best = math.inf
     for _ in range(repeats):
         start = time.process_time()
-        for a in range(0, n, SLICE): f(a, a+SLICE)
+        f()
         best = min(best, time.process_time()-start)
-    return n/best
+    return best
+
+def rate(f, n):
+    "Rows per second of CPU time over `n` rows"
+    return n/quickest(lambda: [f(a, a+SLICE) for a in range(0, n, SLICE)])
 
 def speeds(fitted, h, head, rows):
     "Rows per second: memcpy of fp32 hidden states, and of each codec; the transform also as integers for a folded head"
@@ -139,9 +143,9 @@ def from_disk(teacher, exs, root):
         c = score_cache(teacher, [dict(prompt=str(i)) for i in range(len(exs))], texts, root/name, **how)
         c.stats() # opens and verifies every shard
         batches = torch.randperm(len(c), generator=torch.Generator().manual_seed(0)).split(4)
-        def _f(a, b):
+        def _read():
             for o in batches: c.collate([c[i] for i in o.tolist()])
-        res[name] = rate(_f, SLICE)/SLICE*sum(len(e['input_ids'])-e['prompt_len'] for e in texts)
+        res[name] = sum(len(e['input_ids'])-e['prompt_len'] for e in texts)/quickest(_read)
     return res
 
 def bars(res, added, ratio, speed):

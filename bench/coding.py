@@ -8,11 +8,11 @@ other families. The step is found on these, so that the KL at T=1 is the same fo
 `pip install --no-deps --target FOLDER constriction` put an entropy coder (range coding by asymmetric numeral systems); without it there is its ideal
 code length. Prints a Markdown table and writes it as the section "Coding" of RESULTS.md; speeds are of decoding to integers, on one thread, in CPU time, best of five.
 """
-import argparse, contextlib, math, sys, time
+import argparse, contextlib, math, sys
 from unittest import mock
 
 import numpy as np, torch
-from cache import asked, machine
+from cache import asked, machine, quickest
 from loss import write
 
 from distill_nb import codecs
@@ -32,13 +32,7 @@ def packed(k, chunk=CHUNK, band=codecs.BAND, level=1):
     with coder(band, level): frames = [compress_chunk(o) for o in k.split(chunk)]
     return sum(map(len, frames))/len(k),rate(lambda: [decompress_chunk(o, k.shape[1]) for o in frames], len(k))
 
-def rate(f, n, repeats=5):
-    best = math.inf
-    for _ in range(repeats):
-        start = time.process_time()
-        f()
-        best = min(best, time.process_time()-start)
-    return n/best
+def rate(f, n, repeats=5): return n/quickest(f, repeats)
 
 def in_steps(h, head, nats, mu, basis, inverse, rounding=torch.round, scale=1., rounds=4):
     "Integers at the step at which the KL at T=1 is `nats`, that step, and the KL at each T"

@@ -111,7 +111,7 @@ def main():
     bars = [('time_to_trls_final_KL', at/end[1], .65), ('with_scoring', (at+extra)/end[1], .8),
         ('three_students_with_scoring', (3*res['ours'][-1][1]+extra)/(3*end[1]), .7)]
     from importlib.metadata import version
-    what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences, {a.steps*4/a.train:.2g} passes over {a.train} prompts, learning rate {LR:g}, one thread. '
+    what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences, {a.steps*4/a.train:.2g} passes over {a.train} prompts, judged on {a.judged} held-out prompts, learning rate {LR:g}, one thread. '
         f'TRL {version("trl")} GKD ends at {end[2]:.3f} nats after {end[1]:.0f} CPU seconds, ours at {res["ours"][-1][2]:.3f} after {res["ours"][-1][1]:.0f} (and {extra:.0f} of scoring, once). Synthesis is in neither. The time of three students is three times that of the one run of each kind.')
     rows = ['| step | from the cache: s | nats | TRL GKD: s | nats |', '|---|---|---|---|---|'] + [f'| {n} | {s:.0f} | {k:.3f} | {t:.0f} | {q:.3f} |' for (n,s,k),(_,t,q) in zip(res['ours'], res['gkd'])]
     said = [f"BAR {n} {v:.2f} {lim} {'ok' if v<=lim else 'short'}" for n,v,lim in bars]

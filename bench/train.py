@@ -168,7 +168,7 @@ def main():
     if a.one: return one(a)
     if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
     size = sum(o.numel() for o in student(a.layers).parameters())/1e6
-    what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process.'
+    what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process and the median of three steps.'
     res = {n: measure(a, n) for n in a.lengths}
     found = [o for n in a.lengths for o in bars(a, n, res[n])]
     said = '\n'.join(f"BAR {n} {v:.2f} {lim:.2f} {'ok' if v<=lim else 'short'}" for n,v,lim in found)

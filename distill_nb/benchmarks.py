@@ -376,7 +376,7 @@ def _missing(name, e):
 # %% ../nbs/04a_benchmarks.ipynb #cdbad2f0
 OWN = *TASKS, 'arithmetic', 'reasoning', *REASONING # no hub needed
 NAMED = *OWN, 'bbh', 'alpaca_eval'
-HARNESS = 'lm_eval/' # before a name: lm-eval's task, also where we have one of that name
+HARNESS = 'lm_eval-' # before a name: lm-eval's task, also where we have one of that name
 
 def misspelt(name:str, # Of a benchmark
     tasks:str=None, # Folder with task files of your own

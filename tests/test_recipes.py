@@ -513,7 +513,7 @@ EFFECTS = {
     'training.watch.trackers': ({}, ['wandb'], tr(lambda t: t.callbacks[-1].trackers), ['wandb']), 'training.watch.project': ({'training.watch.trackers': ['wandb']}, 'mine', tr(lambda t: t.callbacks[-1].project), 'mine'),
     'training.ema': ({}, .9, tr(lambda t: t.ema), .9), 'training.control_steps': ({}, 3, lambda r: [t.stages[0].steps for t in fitted(r, Run.train)], [4, 3]), 'training.seed': ({}, 5, tr(lambda t: t.seed), 5),
     'validation.benchmarks': ({'validation.limit': 2}, ['arithmetic'], lambda r: r.benchmarks(dict(student=r.learner()))['student'].keys(), {'arithmetic'}), 'validation.limit': ({'validation.benchmarks': ['arithmetic']}, 3, lambda r: r.benchmarks(dict(student=r.learner()))['student']['arithmetic']['n'], 3),
-    'validation.tasks': ({'validation.benchmarks': ['everyday'], 'validation.limit': 2}, 'TASKS', lambda r: r.benchmarks(dict(student=r.learner()))['student']['everyday']['n'], 2),
+    'validation.tasks': ({'validation.benchmarks': ['lm_eval-everyday'], 'validation.limit': 2}, 'TASKS', lambda r: r.benchmarks(dict(student=r.learner()))['student']['lm_eval-everyday']['n'], 2),
     'validation.benchmark_settings': ({'validation.benchmarks': ['arithmetic'], 'validation.limit': 3}, dict(arithmetic=dict(limit=2, max_new_tokens=4)), told, (2, 'at most 4 tokens')),
     'validation.judge.url': (JUDGE, 'http://b', judge_asked, ('http://b', '', 'OPENAI_API_KEY')), 'validation.judge.model': (JUDGE, 'large', judge_asked, ('http://a', 'large', 'OPENAI_API_KEY')),
     'validation.judge.key_from': (JUDGE, 'MY_KEY', judge_asked, ('http://a', '', 'MY_KEY')),

@@ -293,6 +293,9 @@ def test_dropout_is_on_in_these_runs(root, together):
 def test_what_cannot_be_shared_out_is_refused(how, root):
     with pytest.raises(ValueError, match='shard=True works with'): make(root, 'refused', shard=True, **how)
 
+def test_one_process_has_nobody_to_share_with(root):
+    with pytest.raises(RuntimeError, match='there is one process: start several with torchrun'): make(root, 'alone', shard=True).fit()
+
 def test_transformers_trainer_has_the_same_gradients(root, tmp_path):
     from transformers import Trainer, TrainerCallback, TrainingArguments
     tr = make(root, 'hf', dtype=torch.float64)
