@@ -52,7 +52,8 @@ def main():
     a = p.parse_args()
     run = Path(a.run)
     if not (run/'model').exists(): sys.exit(f'{run}/model is not there: run `make demo` first, or name the folder of another run with --run')
-    cache,items = TeacherCache(run/'cache'),load_items('sciq', a.train+a.judged)
+    apart,items = run/'cache/judged',load_items('sciq', a.train+a.judged)
+    cache = TeacherCache(apart if apart.exists() else run/'cache')
     seen,asked,held = items[:a.train],items[a.train:],cache.select(split='heldout')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(run/'model', dtype=torch.float32)
     same = lambda m: m

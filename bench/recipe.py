@@ -26,12 +26,12 @@ def changed(steps, *settings):
         at[last] = yaml.load(value, Loader)
     return Config.from_dict(dict(distillation=o))
 
-def held_out(config, cache, out):
+def held_out(config, cache, judged, out):
     "KL on held-out prompts before and after training, in nats per token"
     config.out = out
     r = Run(config, progress=False)
-    r.cache = r.judged = cache
-    student,idx = r.learner(),cache.select(split='heldout')
+    r.cache,r.judged = cache,judged
+    student,idx = r.learner(),judged.select(split='heldout')
     r.free()
     start = r.evaluate(student, idx).kl
     r.learn(student)
@@ -43,9 +43,9 @@ def main():
     p.add_argument('--steps', type=int, default=100)
     p.add_argument('settings', nargs='*', metavar='KEY=VALUE')
     a = p.parse_args()
-    cache = TeacherCache(a.demo/'cache')
+    cache,judged = (TeacherCache(a.demo/o) for o in ('cache', 'cache/judged'))
     for s in [(), *((o,) for o in a.settings)]:
-        with tempfile.TemporaryDirectory() as out: start,end = held_out(changed(a.steps, *s), cache, out)
+        with tempfile.TemporaryDirectory() as out: start,end = held_out(changed(a.steps, *s), cache, judged, out)
         print(f"{''.join(s) or 'demo':40} {start:.3f} {end:.3f}", flush=True)
 
 if __name__=='__main__': sys.exit(main())

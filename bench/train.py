@@ -4,7 +4,7 @@
 usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--trl FOLDER] [--distillkit FOLDER] [--no-write] [--quick]
 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
-before the clock starts, as a cache would hold them. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
+before the clock starts, as the cache of a teacher in bf16 would hold them, its head in bf16 too. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
 30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
 Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
 takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.
@@ -27,7 +27,7 @@ from distill_nb.trainer import adamw, kept_memory
 from loss import machine, status, write
 
 V,D = 49152,576
-BARS = {'hidden': (1.12, .65), 'hidden, bf16 product': (1.12, .65), 'topk': (1., None)} # largest ratio to plain of time, and of memory
+BARS = {'hidden': (1.12, .65), 'hidden, fp32 product': (None, None), 'topk': (1., None)} # largest ratio to plain of time, and of memory
 TRL_BARS = 1/1.6,1/3 # largest ratio of hidden to TRL's GKD, of time and of memory
 
 def student(layers):
@@ -46,7 +46,7 @@ def batch_of(B, L, kind, head, k):
     ids,logits,tail = map(torch.cat, zip(*parts))
     return res | dict(teacher_topk=SimpleNamespace(ids=ids, logits=logits, tails=tail[:,None]))
 
-def teacher_head(): return Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
+def teacher_head(): return Head((torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5).bfloat16())
 
 def text(b): return {k: b[k] for k in ('input_ids', 'attention_mask')} | dict(labels=b['input_ids'])
 
@@ -98,8 +98,8 @@ def step_fn(a, kind, model):
     else:
         head = teacher_head()
         codec = SimpleNamespace(temperatures=torch.tensor([1.]))
-        gives,low = kind.split(',')[0],torch.bfloat16 if 'bf16' in kind else None
-        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=low)
+        gives,wide = kind.split(',')[0],torch.float32 if 'fp32' in kind else None
+        dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=wide)
         loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, gives, head, a.k)
     opt = adamw(model.parameters())
     def prepare(B, L):

@@ -29,7 +29,7 @@ class AttentionDistiller(Distiller):
         maps:dict[int,int]=None, # Student block to the teacher block whose map it learns, both counted from 0
         block:int=None, # Student block that learns the relations in the cache, such as -1; default: none
         n_heads:int=8, # Relation heads; divides the widths of queries, keys and values of both models
-        teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: the student's
+        teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: as a `Distiller`'s
         last:bool=False, # Match the last hidden states too, as in `Distiller`
     ):
         "ValueError where the cache or the student does not have what is asked for"

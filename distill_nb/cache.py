@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .codecs import kl_nats, mean_kl
+from .codecs import Transform, kl_nats, mean_kl
 from .files import CacheError, _flush, _full, _held, _lock, _own, _room, canonical, check_tensors, claim, this_job
 from .files import load_json, load_tensors, open_tensors, save_json, save_tensors, sha256_json
 from .shards import _codec_class, _codes, _is_map, _pack, as_rows, check_head, check_stored, codec_of, codec_settings
@@ -384,7 +384,7 @@ def check_shard(path:Path, # Cache folder
     m:dict, # Manifest
     i:int, # Number of the shard
     seen:bool=False, # Was it verified before? Then its bytes are not hashed again
-)->tuple: # Open file, prompt lengths, first token and first row of each example (and one past the last), the rows of the prompts, and where each map starts
+)->tuple: # Slices of its tensors by name, prompt lengths, first token and first row of each example (and one past the last), the rows of the prompts, and where each map starts
     "Verify shard `i`, and note where each example starts; raises `CacheError`"
     p,s,V = shard_path(path, i),m['shards'][i],m['teacher']['vocab_size']
     meta = (load_json(p.with_suffix('.json')) if seen else check_tensors(p))['meta']
@@ -396,7 +396,7 @@ def check_shard(path:Path, # Cache folder
     if not (len(L)==len(P)==s['n']-len(out)==len(rows) and L.sum()==len(ids) and ((0<P)&(P<L)).all()): raise CacheError(f'{p}: its lengths do not add up')
     if ids.min()<0 or not seen and _largest(f, V)>=V: raise CacheError(f'{p}: a token id lies outside the vocabulary of {V}')
     starts = lambda o: [0]+o.cumsum(0).tolist()
-    return f,P.tolist(),starts(L),starts(L-P),rows,starts((L-P)*P+(L-P)*(L-P-1)//2)
+    return {k: f.get_slice(k) for k in f.keys()},P.tolist(),starts(L),starts(L-P),rows,starts((L-P)*P+(L-P)*(L-P-1)//2)
 
 # %% ../nbs/00e_cache.ipynb #514e555e
 def _left_out(path, m, i):
@@ -430,10 +430,10 @@ OPEN = 32
 @patch
 def _shard(self:TeacherCache, i):
     "Shard `i`, verified when first opened; the last ones used stay open"
-    self._open[i] = self._open.pop(i, None) or check_shard(self.path, self.manifest, i, i in self._seen)
+    self._open[i] = res = self._open.pop(i, None) or check_shard(self.path, self.manifest, i, i in self._seen)
     self._seen.add(i)
-    if len(self._open)>OPEN: del self._open[next(iter(self._open))]
-    return self._open[i]
+    for k in list(self._open)[:-OPEN]: self._open.pop(k, None)
+    return res
 
 # %% ../nbs/00e_cache.ipynb #a4a9b3c9
 @patch
@@ -443,8 +443,8 @@ def _inner(self:TeacherCache, i, j):
     m,n,res = self.manifest,tok[j+1]-tok[j],{}
     if m.get('attention'):
         see = torch.ones(n-P[j], n).tril(P[j]-1).bool()
-        res['attention'] = {k: torch.zeros(see.shape).masked_scatter(see, f.get_slice(f'attention.{k}')[at[j]:at[j+1]].float()) for k in m['attention']}
-    if m.get('relations') is not None: res['relations'] = {o: f.get_slice(f'relation.{o}')[row[j]:row[j+1]] for o in 'qkv'}
+        res['attention'] = {k: torch.zeros(see.shape).masked_scatter(see, f[f'attention.{k}'][at[j]:at[j+1]].float()) for k in m['attention']}
+    if m.get('relations') is not None: res['relations'] = {o: f[f'relation.{o}'][row[j]:row[j+1]] for o in 'qkv'}
     return res
 
 # %% ../nbs/00e_cache.ipynb #7669c8d8
@@ -455,10 +455,19 @@ def __getitem__(self:TeacherCache,
     "One example and what the teacher said about it"
     i,j = self.index[idx]
     f,P,tok,row,rows,_ = self._shard(i)
-    cut = lambda k, s: f.get_slice(k)[s[j]:s[j+1]]
-    said = self.codec.decode({k: f.get_slice(k) for k in f.keys()}, row[j], row[j+1])
+    cut = lambda k, s: f[k][s[j]:s[j+1]]
+    said = self.codec.decode(f, row[j], row[j+1])
     return {'input_ids': cut('input_ids', tok).long(), 'prompt_len': P[j], self.gives: said,
         'layers': {k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, 'meta': rows[j], 'index': idx} | self._inner(i, j)
+
+# %% ../nbs/00e_cache.ipynb #c1db2639
+@patch
+def to(self:TeacherCache,
+    device:str|torch.device, # Where hidden states are wanted
+)->TeacherCache: # Itself
+    "Decode there from now on, if it takes a product"
+    if isinstance(self.codec, Transform): self.codec = Transform(*(o.to(device) for o in self.codec))
+    return self
 
 # %% ../nbs/00e_cache.ipynb #1c50d87d
 def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 
 from .attention import AttentionDistiller
 from .cache import TeacherCache, build_cache, load_manifest
-from .config import HIDDEN, SPARSE, Config, Projection, Prompts, Relations, TrainingStage, Watching, stage_list, tasks, total_steps
+from .config import APART, HIDDEN, SPARSE, Config, Projection, Prompts, Relations, TrainingStage, Watching, stage_list, tasks, total_steps
 from .distiller import Distiller
 from .eval import Scores, evaluate
 from .export import export_adapter, export_safetensors
@@ -270,9 +270,8 @@ def caches(c:Config)->dict[str, list[dict]]: # Folder to its prompts; the last o
             if k and not any(r.get('family')==k for r in rows if r['split']=='train'): raise ValueError(f'student.lora.tasks: no prompt for training is of family {k!r}')
             if c.validation.eval_frequency and not any(r['split']=='heldout' and k in (None, r.get('family')) for r in rows):
                 raise ValueError(f"validation.eval_frequency: no prompt of split 'heldout'{f' is of family {k!r}' if k else ' is there'} to judge on during training: give some, or leave it out")
-    if c.teacher.store not in SPARSE: return {path: rows}
-    parts = {p: [r for r in rows if (r['split']=='train')==(p==path)] for p in (path, f'{path}/judged')}
-    return {k: v for k,v in parts.items() if v}
+    train,rest = ([r for r in rows if (r['split']=='train')==o] for o in (True, False))
+    return {path: train, f'{path}/judged': rest} if c.teacher.store in APART and train and rest else {path: rows}
 
 # %% ../nbs/05d_pipeline.ipynb #17cf1f7d
 def codec(c:Config)->dict: # For `build_cache`
@@ -382,8 +381,8 @@ def found(self:Run,
     want,has = self.extras(conf.num_hidden_layers),dict(layers=m['layers'], attention=m.get('attention', []), relations=m.get('relations'))
     lacks = [k for k in ('layers', 'attention') if not set(want[k])<=set(has[k])] + ['relations']*(want['relations'] not in (None, has['relations']))
     if lacks: raise CacheError(f'{made[0].path}: holds {({k: has[k] for k in lacks})}, and the file needs {({k: want[k] for k in lacks})}: make it again with this file, where the teacher is')
-    odd = {k: v for k,v in codec_settings(**codec(self.config)).items() if made[0].manifest.get(k)!=v}
-    if odd: raise CacheError(f'{made[0].path}: was made with {({k: made[0].manifest.get(k) for k in odd})}, and {odd} is asked for')
+    odd = {k: v for k,v in codec_settings(**codec(self.config)).items() if m.get(k)!=v}
+    if odd: raise CacheError(f'{made[0].path}: was made with {({k: m.get(k) for k in odd})}, and {odd} is asked for')
     print(f'{t.cache_dir}: complete, and taken as it is, without its teacher')
     self.cache,self.judged = made[0],made[-1]
     return self.cache
@@ -398,7 +397,7 @@ def left_out(self:Run)->dict[str, int]: # Reason to number of examples; empty wh
 
 # %% ../nbs/05d_pipeline.ipynb #a3ea6dde
 @patch
-def synth(self:Run)->TeacherCache: # Whole, to train on; `self.judged` is the one to judge on, mostly the same
+def synth(self:Run)->TeacherCache: # Whole, to train on; `self.judged` is the one to judge on
     "Ask the teacher, or find that it has been asked"
     c,asked = self.config,caches(self.config)
     if not c.teacher.present: return self.found(asked)
@@ -408,9 +407,9 @@ def synth(self:Run)->TeacherCache: # Whole, to train on; `self.judged` is the on
     N = t.model.config.get_text_config(decoder=True).num_hidden_layers
     s,made = c.teacher.synthesis,[]
     for path,rows in asked.items():
-        how = {} if made else self.extras(N) | codec(c)
-        with self.timed('synthesis'): made.append(build_cache(t, rows, path, **how, max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature, seed=s.seed, batch_size=s.batch_size, too_long=s.too_long, not_finite=s.not_finite, progress=self.progress))
+        how = self.extras(N) | codec(c) if any(r['split']=='train' for r in rows) else {}
+        how |= s.model_dump(exclude={'n_responses'}) | dict(progress=self.progress)
+        with self.timed('synthesis'): made.append(build_cache(t, rows, path, **how))
     if self.sees:
         self.processor = t.processor
         made = [ImageCache(o.path, t.processor) for o in made]

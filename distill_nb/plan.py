@@ -268,15 +268,16 @@ def disk_space(config:Config, # What is planned
     n:int, # Prompts
     prompt:float, # Mean tokens of a prompt
     width:int=2, # Bytes of a weight of the teacher
-    judged:int=0, # How many of the prompts have a cache of whole distributions of their own
+    judged:int=0, # How many of the prompts have a cache in bf16 of their own
 )->dict[str, int]: # Bytes: `cache`, `output`
     "What a run writes"
     s,t,p = student_sizes(config),shape(config.teacher.model_id),config.student
     new,more = config.teacher.synthesis.max_new_tokens,n_matched(p.projection)+n_matched(p.relations)
     own,kinds,ids,head = asked_again(config, n-judged),[o.kind for o in stage_list(config)],4*(prompt+new),width*t.vocab_size*t.hidden_size
     one,d,e = new*token_bytes(config),t.hidden_size,s.config.hidden_size
-    cache = (n-judged)*(one+new*2*d*more+new*inner_bytes(config, prompt)+ids) + judged*(new*2*d+ids) + head*(1+(judged>0))
-    stages = own['self']*(new*2*e+ids) + kinds.count('self')*4*s.config.vocab_size*e + own['on_policy']*(one+ids) + kinds.count('on_policy')*head
+    basis = 4*d*(2*d+1)*(config.teacher.store=='transform') # there and back, and the mean
+    cache = (n-judged)*(one+new*2*d*more+new*inner_bytes(config, prompt)+ids) + judged*(new*2*d+ids) + head*(1+(judged>0)) + basis
+    stages = own['self']*(new*2*e+ids) + kinds.count('self')*4*s.config.vocab_size*e + own['on_policy']*(one+ids) + kinds.count('on_policy')*(head+basis)
     kept = (4+moments(config))*s.trains*len(tasks(config))*(1+2*(len(kinds)+(config.training.control_steps>0)))*(1+(config.training.ema>0)/3)
     return dict(cache=round(cache), output=round(4*s.total*(3 if p.prune else 1) + kept + stages))
 

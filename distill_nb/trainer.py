@@ -12,6 +12,7 @@ __all__ = ['train_distillation', 'Stage', 'trainable_names', 'check_stages', 'st
 
 # %% ../nbs/03_trainer.ipynb #f211071d
 import contextlib, ctypes, functools, importlib.util, itertools, json, math, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -262,6 +263,7 @@ class DistillTrainer:
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
         self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
         self.skipped,self.lr_scale,self.stop,self.shard = 0,1.,False,shard # a callback may set `stop`
+        self.reader = ThreadPoolExecutor(1) # reads the next window
         check_stages(distiller, stages)
         if shard and (mixed_precision in ('fp16', 'fp8') or optimizer is adamw8bit): raise ValueError("shard=True works with 'no' or 'bf16', and with adamw: choose these, or leave it out")
         if activation_checkpointing: distiller.student.activation_checkpointing_enable()
@@ -291,6 +293,25 @@ def window(self:DistillTrainer,
     per_epoch,per_step = len(epoch_batches(lengths, self.batch_size, self.seed, 0)),self.accum_steps*n_procs
     pos = range(step*per_step+rank, (step+1)*per_step, n_procs)
     return [[self.indices[j] for j in epoch_batches(lengths, self.batch_size, self.seed, p//per_epoch)[p%per_epoch]] for p in pos]
+
+# %% ../nbs/03_trainer.ipynb #d4761baa
+@patch
+def read(self:DistillTrainer,
+    window:list, # From `window`
+)->list[dict]: # From `cache.collate`
+    "The batches of a window"
+    return [self.cache.collate([self.cache[j] for j in b]) for b in window]
+
+@patch
+def read_ahead(self:DistillTrainer,
+    step:int, # Steps done so far
+)->list[dict]: # From `cache.collate`
+    "The batches of a step; not on a CPU, they were read while the one before computed, and those of the next are begun"
+    here = lambda k: self.window(k, self.accelerator.num_processes, self.accelerator.process_index)
+    k,f = self.coming
+    res = f.result() if k==step else self.read(here(step))
+    if self.accelerator.device.type!='cpu' and step+1<self.total: self.coming = step+1, self.reader.submit(self.read, here(step+1))
+    return res
 
 # %% ../nbs/03_trainer.ipynb #5f29e125
 def to_device(o, # Tensor, or a dict or named tuple of such
@@ -340,7 +361,7 @@ def gradients(self:DistillTrainer,
     "Forward and backward over a window; what was seen there"
     acc,dist = self.accelerator,self.distiller
     dist.loss = stage.loss()
-    self.batches = window = [self.cache.collate([self.cache[j] for j in b]) for b in self.window(step, acc.num_processes, acc.process_index)]
+    self.batches = window = self.read_ahead(step)
     n = int(acc.reduce(torch.tensor(sum(int((b['labels']!=-100).sum()) for b in window), device=acc.device)))
     outs = []
     for i,b in enumerate(window):
@@ -579,6 +600,8 @@ def begin(self:DistillTrainer,
     if resume not in ('auto', False): raise ValueError(f"resume is {resume!r}: use 'auto' or False")
     self.accelerator = acc = engine(self.mixed_precision, self.device, any(s.unfreeze or s.alpha==1 and self.distiller.heads for s in self.stages))
     self.out.mkdir(parents=True, exist_ok=True)
+    self.coming = None,None
+    self.cache.to(acc.device)
     if not isinstance(self.distiller, FSDPModule):
         self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
         if self.shard: self.share_out()

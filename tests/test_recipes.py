@@ -149,7 +149,7 @@ def test_preset_runs_end_to_end(name, pair, tmp_path):
     m = LlamaForCausalLM.from_pretrained(tmp_path/'run/model')
     assert (m.config.hidden_size, m.config.num_hidden_layers)==(32, 2) and Report.load(tmp_path/'run/report').at==rep.at
     manifest = load_json(tmp_path/'cache/manifest.json')
-    want = dict(edge=('transform', []), low_latency=('hidden', [2]), budget=('topk', []))[name]
+    want = dict(edge=('transform', []), low_latency=('transform', [2]), budget=('topk', []))[name]
     assert (manifest['codec'], manifest['layers'])==want, manifest
 
 def seeing_config(seeing, tmp_path):
@@ -472,7 +472,7 @@ EFFECTS = {
     'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
     'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),
     'teacher.synthesis.batch_size': ({}, 3, kw('batch_size'), 3), 'teacher.synthesis.seed': ({}, 5, kw('seed'), 5),
-    'teacher.synthesis.too_long': ({}, 'skip', kw('too_long'), 'skip'), 'teacher.synthesis.not_finite': ({}, 'skip', kw('not_finite'), 'skip'),
+    'teacher.synthesis.score_tokens': ({}, 99, kw('score_tokens'), 99), 'teacher.synthesis.too_long': ({}, 'skip', kw('too_long'), 'skip'), 'teacher.synthesis.not_finite': ({}, 'skip', kw('not_finite'), 'skip'),
     'teacher.device_map': ({}, 'cpu', loaded('device_map'), 'cpu'), 'teacher.max_memory': ({'teacher.device_map': 'auto'}, {0: '9GB', 'cpu': '20GiB'}, loaded('max_memory'), {0: '9GB', 'cpu': '20GiB'}),
     'teacher.synthesis.n_responses': ({}, 3, lambda r: [(o['split'], o.get('draw')) for o in given('build_cache', Run.synth)(r)[0][1] if o['split']!='ood'].count(('train', 2)), 8),
     'student.model_id': ({}, 'TEACHER', lambda r: r.learner().config.hidden_size, 48), 'student.prune.n_layers': (PRUNE, 1, pruned(lambda a: a[1]), 1),
@@ -553,7 +553,7 @@ def asked(pair, tmp_path_factory):
     (d/'rows.jsonl').write_text(''.join(json.dumps(dict(question=f'{i} is', answer=i%2))+'\n' for i in range(3)))
     (d/'tasks/everyday.yaml').write_text(TASK.format(rows=d/'rows.jsonl'))
     (d/'domain.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}.', split=s))+'\n' for s in ('train', 'domain') for i in range(2)))
-    o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', synthesis=dict(max_new_tokens=4)),
+    o = dict(teacher=dict(model_id=pair[0], cache_dir=str(d/'cache'), dtype='float32', store='bf16', synthesis=dict(max_new_tokens=4)),
         student=dict(model_id=pair[1]), prompts=dict(train=8, heldout=3, ood=2),
         training=dict(schedule=dict(max_steps=4, warmup_steps=1), memory=dict(mixed_precision='no')), validation=dict(answers=0), out=str(d/'out'))
     h = json.loads(json.dumps(o))
