@@ -53,7 +53,7 @@ def main():
     run = Path(a.run)
     if not (run/'model').exists(): sys.exit(f'{run}/model is not there: run `make demo` first, or name the folder of another run with --run')
     apart,items = run/'cache/judged',load_items('sciq', a.train+a.judged)
-    cache = TeacherCache(apart if apart.exists() else run/'cache')
+    cache = TeacherCache(apart if (apart/'manifest.json').exists() else run/'cache')
     seen,asked,held = items[:a.train],items[a.train:],cache.select(split='heldout')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(run/'model', dtype=torch.float32)
     same = lambda m: m
@@ -73,7 +73,7 @@ def main():
         d,e = versus(acc, acc0),better(kl0, kl)
         more = ('', '') if k=='student' else ('{diff:+.3f} ({stderr:.3f})'.format(**d), '{diff:+.3f} ({low:+.3f} to {high:+.3f})'.format(**e))
         lines.append(f"| {k} | {n/1e6:.1f} M | {lr:g} | {s:.0f} | {acc['accuracy']:.3f} | {more[0]} | {kl.kl:.3f} | {more[1]} |")
-    what = f"The student of `{a.run}`, {a.steps} steps of 8 SciQ questions out of {a.train}, judged on {a.judged} others and on {len(held)} held-out prompts of the distillation. KL(teacher || student), nats per target token."
+    what = f"The student of the {run.name}, {a.steps} steps of 8 SciQ questions out of {a.train}, judged on {a.judged} others and on {len(held)} held-out prompts of the distillation. KL(teacher || student), nats per target token."
     learned = [k for k,(*_,acc,_) in res.items() if k!='student' and (d := versus(acc, acc0))['diff']>2*d['stderr']]
     kept = [k for k in learned if better(kl0, res[k][4])['high']<LOST]
     verdict = (f"Learned the task, by two standard errors: {', '.join(learned) or 'none'}. Of these, {', '.join(kept) or 'none'} kept what was distilled: "

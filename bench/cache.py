@@ -9,6 +9,8 @@ is short. `--quick` calibrates on a fifth, and writes nothing.
 Speeds are of one thread, in CPU time (so a busy machine disturbs them less), best of five: in slices of 512 rows, from memory, and as a trainer reads them,
 from the files of a cache in batches of four texts. Top-k of 188 takes as many bytes as int8 hidden states. With `--teacher` the same of another model and its tokenizer; that is printed and not written.
 
+Also what the product of head and state in bf16 costs, which a `Distiller` makes by default.
+
 DistillKit's store, with the two settings that its README names, is on the same page: by its published rule, and where FOLDER is a checkout of
 https://github.com/arcee-ai/DistillKit by its own code too. It knows no temperature; its losses divide the stored log-probabilities by T, and so does this.
 """

@@ -3,7 +3,7 @@
 
 usage: recipe.py [--demo demo] [--steps 100] [KEY=VALUE ...]    such as training.optimizer.lr=2e-4 training.schedule.decay=cosine
 
-Needs the folder of a finished demo (`make demo`), whose cache it takes; what changes the cache is not measured here. Makes and trains the student with the
+Needs the folder of a finished demo (`make demo`), whose caches it takes; what changes the cache is not measured here. Makes and trains the student with the
 demo's settings, and once more for each KEY=VALUE, which replaces that one, by the same batches, and prints the KL to the teacher on held-out prompts before and after.
 """
 import argparse, sys, tempfile

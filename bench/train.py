@@ -169,10 +169,11 @@ def main():
     if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
     size = sum(o.numel() for o in student(a.layers).parameters())/1e6
     what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process and the median of three steps.'
+    floor = f'Whatever the loss, a step ends with its gradients and a second one of the weight that embeddings and head share: {(size*1e6+V*D)*4/2**20:.0f} MiB.'
     res = {n: measure(a, n) for n in a.lengths}
     found = [o for n in a.lengths for o in bars(a, n, res[n])]
     said = '\n'.join(f"BAR {n} {v:.2f} {lim:.2f} {'ok' if v<=lim else 'short'}" for n,v,lim in found)
-    text = '\n\n'.join(['## Train', what, f'Machine: {machine()}.', *[table(a, n, o) for n,o in res.items()], f'```\n{said}\n```'])
+    text = '\n\n'.join(['## Train', f'{what} {floor}', f'Machine: {machine()}.', *[table(a, n, o) for n,o in res.items()], f'```\n{said}\n```'])
     print(text)
     if not a.no_write: write(text)
     return 0 if all(v<=lim for _,v,lim in found) else 1

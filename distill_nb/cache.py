@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .codecs import Transform, kl_nats, mean_kl
+from .codecs import kl_nats, mean_kl
 from .files import CacheError, _flush, _full, _held, _lock, _own, _room, canonical, check_tensors, claim, this_job
 from .files import load_json, load_tensors, open_tensors, save_json, save_tensors, sha256_json
 from .shards import _codec_class, _codes, _is_map, _pack, as_rows, check_head, check_stored, codec_of, codec_settings
@@ -459,15 +459,6 @@ def __getitem__(self:TeacherCache,
     said = self.codec.decode(f, row[j], row[j+1])
     return {'input_ids': cut('input_ids', tok).long(), 'prompt_len': P[j], self.gives: said,
         'layers': {k: cut(f'layer.{k}', row) for k in self.manifest['layers']}, 'meta': rows[j], 'index': idx} | self._inner(i, j)
-
-# %% ../nbs/00e_cache.ipynb #c1db2639
-@patch
-def to(self:TeacherCache,
-    device:str|torch.device, # Where hidden states are wanted
-)->TeacherCache: # Itself
-    "Decode there from now on, if it takes a product"
-    if isinstance(self.codec, Transform): self.codec = Transform(*(o.to(device) for o in self.codec))
-    return self
 
 # %% ../nbs/00e_cache.ipynb #1c50d87d
 def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such

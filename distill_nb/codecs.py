@@ -299,7 +299,7 @@ def decode(self:Transform,
     b:int, # One past the last
 )->Tensor: # `(b-a,d)` fp32
     "Rows `a` to `b`"
-    return torch.addmm(self.mu, self.levels(t, a, b).to(self.mu.device), self.inverse)
+    return torch.addmm(self.mu, self.levels(t, a, b), self.inverse)
 
 # %% ../nbs/00a_codecs.ipynb #df197592
 @patch

@@ -51,7 +51,7 @@ Size = Annotated[str, AfterValidator(_size)]
 class Teacher(Table):
     "Who is asked"
     model_id:str = 'embedded' # folder, hub id, or 'embedded'
-    cache_dir:str # where its answers are kept
+    cache_dir:str # where its answers are kept; those to judge on in its folder `judged`, unless `store` is a type or 'full'
     present:bool = True # false: train from a finished cache, made elsewhere, without loading the teacher; it is not judged then
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # 'auto': as stored on a GPU, else what is fast
     device_map:Literal['auto', 'balanced', 'sequential', 'cpu']|None = None # for one larger than the GPU: how its layers are spread over GPUs, memory and disk

@@ -48,8 +48,9 @@ def teacher_target(cache:TeacherCache, # Where the batch is from
 def has_bf16(device:torch.device, # Of the student
 )->bool: # False where products in bf16 are emulated
     "Has `device` instructions for products in bf16?"
-    if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type=='cpu' and any(torch.cpu.get_capabilities().get(k) for k in ('avx512_bf16', 'amx_bf16'))
+    if device.type=='cuda': return torch.cuda.get_device_capability(device)>=(8, 0)
+    known = getattr(torch.cpu, 'get_capabilities', dict)() # newer than torch 2.6
+    return device.type=='cpu' and any(known.get(k) for k in ('avx512_bf16', 'amx_bf16', 'bf16'))
 
 # %% ../nbs/02d_distiller.ipynb #71421223
 class Distiller(nn.Module):
@@ -59,7 +60,7 @@ class Distiller(nn.Module):
         cache:TeacherCache, # What the teacher said
         loss:DistillationLoss, # Its settings: temperature, alpha, divergence, ce
         projections:dict|None=None, # Student layer to `(teacher layer, ProjectionHead)`; both layers as in `hidden_states`
-        teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: bf16 where the cache has the head in bf16 and the student's device multiplies in it, else the student's
+        teacher_dtype:torch.dtype=None, # Type of the product with the teacher's head; default: bf16 where the cache has the head in bf16 and the device multiplies in it, else the student's
         last:bool=False, # Match the last hidden states too, which the cache has anyway; for a student as wide as its teacher
     ):
         "Check that the cache holds what the loss needs"
@@ -71,9 +72,8 @@ class Distiller(nn.Module):
         self.heads = nn.ModuleDict({str(s): h for s,(_,h) in (projections or {}).items()})
         head = cache.head if cache.gives=='hidden' else Head(None)
         if last and (head.weight is None or head.weight.shape[1]!=student.get_output_embeddings().weight.shape[1]): raise ValueError('last needs a cache of hidden states and a student as wide as its teacher: leave it out')
-        low = head.weight is not None and head.weight.dtype==torch.bfloat16 and has_bf16(student.device)
-        self.teacher_dtype = teacher_dtype or (torch.bfloat16 if low else None)
-        self.register_buffer('weight', head.weight if head.weight is None else head.weight.to(self.teacher_dtype or student.dtype), persistent=False)
+        self.low = teacher_dtype is None and head.weight is not None and head.weight.dtype==torch.bfloat16
+        self.register_buffer('weight', head.weight if head.weight is None or self.low else head.weight.to(teacher_dtype or student.dtype), persistent=False)
         self.register_buffer('bias', head.bias, persistent=False)
         self.register_buffer('softcap', head.softcap, persistent=False)
 
@@ -101,9 +101,16 @@ def head(self:Distiller)->OutputHead: # Its weights are the student's own
 
 # %% ../nbs/02d_distiller.ipynb #32f7770e
 @patch(as_prop=True)
+def teacher_dtype(self:Distiller)->torch.dtype|None: # None: the student's
+    "Type of the product with the teacher's head, where the head is now"
+    return self.asked or (torch.bfloat16 if self.low and has_bf16(self.weight.device) else None)
+
+@patch(as_prop=True)
 def teacher_head(self:Distiller)->Head|None: # None for a cache of logits
-    "The teacher's output head, on the student's device"
-    return None if self.weight is None else Head(self.weight, self.bias, self.softcap)
+    "The teacher's output head, on the student's device, in the type of its product"
+    if self.weight is None: return
+    self.weight = self.weight.to(self.teacher_dtype or self.student.dtype)
+    return Head(self.weight, self.bias, self.softcap)
 
 # %% ../nbs/02d_distiller.ipynb #672e97a5
 @patch(as_prop=True)

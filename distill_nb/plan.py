@@ -27,7 +27,7 @@ from .cache import TeacherCache, load_manifest, repair_cache, verify_cache
 from .files import CacheError, claim
 from .config import Config, n_matched, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
-from .pipeline import Run, caches, check_depth, check_models, codec, optimizer, precision, watchers
+from .pipeline import Run, caches, check_depth, check_models, check_store, codec, optimizer, precision, watchers
 from .recipes import judge_model, run
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
@@ -492,6 +492,7 @@ def obstacles(config:Config, # What is planned
     res = []
     checks = [lambda: precision(config.training.memory.mixed_precision, torch.float32), lambda: check_models(config), lambda: watchers(config.training.watch),
         lambda: optimizer(config.training.optimizer.type)]
+    checks.append(lambda: check_store(config))
     if not config.teacher.present: checks += [partial(TeacherCache, p) for p in caches(config)]
     for check in checks:
         try: check()
@@ -509,13 +510,14 @@ def verify(path:str, # Folder of a cache
 )->int: # Number of files that are still damaged
     "Check every byte of a cache, and say what is wrong"
     c,bad = Config.from_yaml(repair) if repair else None,[]
+    if c: check_store(c, path)
+    asked = {Path(path)/Path(k).relative_to(c.teacher.cache_dir): rows for k,rows in caches(c).items()} if c else dict.fromkeys(both(path))
     if c:
-        for p in both(path):
+        for p in asked:
             load_manifest(p)
             with claim(p): pass
     teacher = Run(c).cache_teacher() if c else None
-    given = {Path(k).name=='judged': v for k,v in caches(c).items()} if c else {}
-    for p in both(path): bad += repair_cache(teacher, p, given[p!=Path(path)]) if c else verify_cache(p)
+    for p,rows in asked.items(): bad += repair_cache(teacher, p, rows) if c else verify_cache(p)
     print('\n'.join(bad) or f'{path}: whole')
     if c and bad: print(f'{path}: made again, and whole')
     return 0 if c else len(bad)

@@ -30,9 +30,11 @@ class Reader(TeacherSynthesizer):
         teacher:TeacherSynthesizer, # Who reads
         rows:list[dict], # With `prompt`
         examples:list[dict], # The response to each: `dict(input_ids=, prompt_len=)`
+        tokens:int=2048, # Of a pass, padding counted
     ):
         "Share the teacher's model; note who answered what"
         self.__dict__.update(teacher.__dict__)
+        self.tokens = tokens
         self.given = {sha256_json(r['prompt']): e for r,e in zip(rows, examples, strict=True)}
         if len(self.given)<len(rows): raise ValueError('a prompt occurs twice: give each prompt once, and the other response in another cache')
 
@@ -45,7 +47,7 @@ def generate(self:Reader,
 )->list[dict]: # `dict(input_ids=, prompt_len=, hidden=)` for each prompt
     "The given responses, read"
     exs = [dict(self.given[sha256_json(p)]) for p in prompts]
-    h,_ = score_rows(self, exs)
+    h,_ = score_rows(self, exs, tokens=self.tokens)
     for e,o in zip(exs, h.split([len(e['input_ids'])-e['prompt_len'] for e in exs])): e['hidden'] = o
     return exs
 
@@ -55,12 +57,12 @@ def score_cache(
     rows:list[dict], # With `prompt`, and whatever else is to be kept
     examples:list[dict], # The response to each: `dict(input_ids=, prompt_len=)`
     path:str|Path, # Folder of the new cache
-    **kwargs # To `build_cache`: codec, dtype, layers, shard_size
+    **kwargs # To `build_cache`: codec, dtype, layers, shard_size, score_tokens
 )->TeacherCache: # As if the teacher had written the responses itself
     "What a teacher thinks of given responses, in a cache"
     rows = [{k: v for k,v in r.items() if k not in ('response', 'ended')} | dict(answer=sha256_json([int(i) for i in e['input_ids']]))
         for r,e in zip(rows, examples)]
-    return build_cache(Reader(teacher, rows, examples), rows, path, progress=False, **kwargs)
+    return build_cache(Reader(teacher, rows, examples, kwargs.get('score_tokens', 2048)), rows, path, progress=False, **kwargs)
 
 # %% ../nbs/03a_stages.ipynb #de67d859
 @contextlib.contextmanager
@@ -131,9 +133,8 @@ def self_distill(
 )->SelfDistiller: # For a `DistillTrainer` with the same `indices`
     "Make the student its own second teacher"
     idx = list(range(len(cache))) if indices is None else list(indices)
-    exs = [cache[i] for i in idx]
-    texts = [dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']) for e in exs]
-    with as_teacher(student, cache.tokenizer) as t: own = score_cache(t, [e['meta'] for e in exs], texts, path, **kwargs)
+    texts,rows = zip(*((dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']),e['meta']) for i in idx for e in [cache[i]]))
+    with as_teacher(student, cache.tokenizer) as t: own = score_cache(t, rows, texts, path, **kwargs)
     return SelfDistiller(student, cache, loss, own, {i: j for j,i in enumerate(idx)}, mix, projections)
 
 # %% ../nbs/03a_stages.ipynb #12879cd8

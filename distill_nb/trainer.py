@@ -243,7 +243,7 @@ class DistillTrainer:
         max_grad_norm:float=1., # The gradient is clipped to this norm
         weight_decay:float=.01, # Of matrices; vectors (norms, biases) do not decay
         betas:tuple=(.9, .95), # The optimizer's
-        mixed_precision:str='no', # 'no', 'bf16', 'fp16' with loss scaling, or 'fp8': type of the products; weights stay as they are
+        mixed_precision:str='no', # 'no', 'bf16', 'fp16' with loss scaling, or 'fp8': type of the student's products (the teacher's has its own, see `Distiller`); weights stay as they are
         activation_checkpointing:bool=False, # Recompute activations in the backward pass: less memory, a third more time
         device:str=None, # 'cpu' to stay there; default: the GPU if there is one
         seed:int=0, # Order of the data, and dropout
@@ -306,11 +306,11 @@ def read(self:DistillTrainer,
 def read_ahead(self:DistillTrainer,
     step:int, # Steps done so far
 )->list[dict]: # From `cache.collate`
-    "The batches of a step; not on a CPU, they were read while the one before computed, and those of the next are begun"
+    "The batches of a step; on a GPU they were read while the one before computed, and those of the next are begun"
     here = lambda k: self.window(k, self.accelerator.num_processes, self.accelerator.process_index)
     k,f = self.coming
     res = f.result() if k==step else self.read(here(step))
-    if self.accelerator.device.type!='cpu' and step+1<self.total: self.coming = step+1, self.reader.submit(self.read, here(step+1))
+    if self.accelerator.device.type=='cuda' and step+1<self.total: self.coming = step+1, self.reader.submit(self.read, here(step+1))
     return res
 
 # %% ../nbs/03_trainer.ipynb #5f29e125
@@ -601,7 +601,6 @@ def begin(self:DistillTrainer,
     self.accelerator = acc = engine(self.mixed_precision, self.device, any(s.unfreeze or s.alpha==1 and self.distiller.heads for s in self.stages))
     self.out.mkdir(parents=True, exist_ok=True)
     self.coming = None,None
-    self.cache.to(acc.device)
     if not isinstance(self.distiller, FSDPModule):
         self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
         if self.shard: self.share_out()
