@@ -371,10 +371,12 @@ def check_store(c:Config, # Of a run
     "Is a cache that is there kept as the file says?"
     path = path or c.teacher.cache_dir
     if not (Path(path)/'manifest.json').exists(): return
-    m,want = load_manifest(Path(path)),codec_settings(**codec(c))
-    if not any(m.get(k)!=v for k,v in want.items()): return
-    was,now = ({k: o.get(k) for k in want if o.get(k) is not None} for o in (m, want))
-    raise CacheError(c.placed(f"teacher.store: {path} holds {was}, and {now} is asked for: write `store: {m['dtype'] if m['codec']=='hidden' else m['codec']}`, or use another cache_dir"))
+    m,store = load_manifest(Path(path)),c.teacher.store
+    was = m['dtype'] if m['codec']=='hidden' else m['codec']
+    if odd := {k: (m.get(k), v) for k,v in codec_settings(**codec(c)).items() if m.get(k)!=v}:
+        has,want = ({k: o[i] for k,o in odd.items()} for i in (0, 1))
+        said = f'holds {was!r}, and {store!r}' if was!=store else f'holds {has}, and {want}'
+        raise CacheError(c.placed(f'teacher.store: {path} {said} is asked for: ask for what it holds, or use another cache_dir'))
 
 # %% ../nbs/05d_pipeline.ipynb #2d2e190b
 @patch

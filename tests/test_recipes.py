@@ -436,6 +436,7 @@ def staged(i=0, **k): return {'training.schedule': {}, 'training.stages': [STAGE
 PRUNE = {'student': dict(prune=dict(n_layers=2))}
 RELATIONS = {'student.relations': dict(n_heads=8), 'training.schedule': {}, 'training.stages': [dict(kind='relations', steps=3, loss=dict(alpha=.5))]}
 STOP = {'validation.eval_frequency': 1}
+AWAY = {'teacher.cache_dir': 'elsewhere'} # what is there is kept otherwise
 
 # key: what else the file must say, the value, what sees it, and what is seen
 TASK = """task: everyday
@@ -468,8 +469,8 @@ def judge_asked(r):
 EFFECTS = {
     'teacher.model_id': ({}, 'STUDENT', lambda r: r.load_teacher().model.config.hidden_size, 32), 'teacher.cache_dir': ({}, 'elsewhere', lambda r: given('build_cache', Run.synth)(r)[0][2], 'elsewhere'),
     'teacher.present': ({}, False, lambda r: str(pytest.raises(ValueError, r.load_teacher).value)[:26], 'teacher.present: is false,'),
-    'teacher.dtype': ({}, 'bfloat16', lambda r: r.load_teacher().model.dtype, torch.bfloat16), 'teacher.store': ({}, 'int8', kw('dtype'), 'int8'),
-    'teacher.nats': ({'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': ({'teacher.store': 'topk'}, 7, kw('k'), 7),
+    'teacher.dtype': ({}, 'bfloat16', lambda r: r.load_teacher().model.dtype, torch.bfloat16), 'teacher.store': (AWAY, 'int8', kw('dtype'), 'int8'),
+    'teacher.nats': (AWAY | {'teacher.store': 'transform'}, 1e-3, kw('nats'), 1e-3), 'teacher.k': (AWAY | {'teacher.store': 'topk'}, 7, kw('k'), 7),
     'teacher.synthesis.max_new_tokens': ({}, 9, kw('max_new_tokens'), 9), 'teacher.synthesis.temperature': ({}, .3, kw('temperature'), .3),
     'teacher.synthesis.batch_size': ({}, 3, kw('batch_size'), 3), 'teacher.synthesis.seed': ({}, 5, kw('seed'), 5),
     'teacher.synthesis.score_tokens': ({}, 99, kw('score_tokens'), 99), 'teacher.synthesis.too_long': ({}, 'skip', kw('too_long'), 'skip'), 'teacher.synthesis.not_finite': ({}, 'skip', kw('not_finite'), 'skip'),
