@@ -6,7 +6,7 @@ CHECKED = nbs tests bench tools/docs.py setup.py $(wildcard distill_nb/[a-z]*.py
 
 .PHONY: help setup demo test docs export clean
 help:
-	@echo 'make demo    set up, distil the embedded teacher, end with a report (about nine minutes on two cores)'
+	@echo 'make demo    set up, distil the embedded teacher, end with a report (about ten minutes on two cores)'
 	@echo 'make test    set up, run all notebooks and tests, check that everything is in sync'
 	@echo 'make docs    README.md and the site (in _docs) from the notebooks'
 	@echo 'make export  notebooks to modules'

@@ -21,7 +21,7 @@ from distill_nb.config import preset
 from distill_nb.loss import hidden_loss, linear_divergence
 from distill_nb.plan import projection_cost, shape, student_memory, teacher_memory
 from distill_nb.projection import ProjectionHead
-from distill_nb.pipeline import prompt_rows
+from distill_nb.pipeline import codec, prompt_rows
 from distill_nb.student import freeze_below
 from distill_nb.synthesis import Head, TeacherSynthesizer, embedded_teacher, fast_dtype
 from distill_nb.distiller import Distiller
@@ -49,7 +49,7 @@ def teacher(a):
     g.batch_size = len(rows)
     t = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=fast_dtype())
     with tempfile.TemporaryDirectory() as out:
-        cache = build_cache(t, rows, out, max_new_tokens=g.max_new_tokens, temperature=g.temperature, batch_size=g.batch_size, progress=False)
+        cache = build_cache(t, rows, out, **codec(config), max_new_tokens=g.max_new_tokens, temperature=g.temperature, batch_size=g.batch_size, progress=False)
         starts = [cache[i]['prompt_len'] for i in range(len(cache))]
         length = max(starts) + max(n-p for n,p in zip(cache.lengths(), starts))
     return sums(teacher_memory(config, length, fast_dtype().itemsize), before, length)
