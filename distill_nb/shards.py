@@ -226,4 +226,4 @@ def check_stored(teacher:TeacherSynthesizer, # Who is asked
     "Raise `CacheError` if what is stored is not what the teacher says"
     kl,bound = own_kl(teacher, exs, said, temperatures),.05+10*nats
     if not kl<=bound: raise CacheError(f"{where}: what would be stored is {kl:.2g} nats per token from the teacher's own logits, "
-        f"more than {bound:.2g}: calibrate on a larger first shard, or use dtype='bf16'")
+        f"more than {bound:.2g}: calibrate on a larger first shard, or use dtype='bf16' (in a file `store: bf16`)")
