@@ -176,6 +176,6 @@ def test_two_models_of_ones_own_go_through_their_page(tmp_path, monkeypatch):
     lines = mine('\n'.join(blocks(page, 'sh')).replace('\\\n', ' '))
     said = {l: say(f'import shlex; from distill_nb.plan import main; assert main(shlex.split({l!r}, comments=True)[1:])==0', {}) for l in lines.splitlines() if l.startswith('distill ')}
     assert [l.split()[1] for l in said]==['plan', 'run', 'run', 'eval'] and all(s in ' '.join(said.values()) for s in ('While the student trains', 'Everything is in qwen', 'Everything is in judged'))
-    assert say(re.search(r'python -c "\n(.*?)"', lines, re.S)[1], {}).startswith("[{'generated_text': 'Name a fruit.")
+    assert say(re.search(r'python -c "\n(.*?)"', lines, re.S)[1], {}).startswith(tuple(f"[{{'generated_text': {q}Name a fruit." for q in '\'"'))
     for out,models in (('qwen', {'teacher', 'start', 'student', 'student @ 2 steps', 'control'}), ('judged', {'teacher', 'before', 'student'})): assert set(Report.load(f'{out}/report').models)==models
     assert Qwen2ForCausalLM.from_pretrained('qwen/model').config.hidden_size==32
