@@ -164,11 +164,11 @@ def teacher_memory(config:Config, # What is planned
     "What synthesis holds on the device"
     c,n,new = shape(config.teacher.model_id),config.teacher.synthesis.batch_size,config.teacher.synthesis.max_new_tokens
     whole = empty_model(c).num_parameters()+eyes(config.teacher.model_id)
-    fit = c.vocab_size*(4*c.hidden_size+16*128)*(config.teacher.store=='transform')
+    compare,fit = min(2048, n*length)*width+20*new,(4*c.hidden_size+20*128)*(config.teacher.store=='transform')
     beside = 4*student_sizes(config).total if any(s.kind=='on_policy' for s in stage_list(config)) else 0
     return dict(weights=width*whole, keys_and_values=width*kept_numbers(c)*n*length,
         captured=width*c.hidden_size*n*length, logits=n*c.vocab_size*(width+24),
-        head_in_fp32=4*c.vocab_size*c.hidden_size*(width<4), comparing_or_fitting=max(fit, c.vocab_size*(4*length*width+20*new)), student_of_a_round=beside)
+        head_in_fp32=4*c.vocab_size*c.hidden_size*(width<4), comparing_or_fitting=c.vocab_size*max(compare, fit), student_of_a_round=beside)
 
 # %% ../nbs/06a_plan.ipynb #7efe3e0c
 BYTES = dict(bf16=lambda d, nats: 2*d, int8=lambda d, nats: d+2, transform=lambda d, nats: d*max(.1, .46-.0625*math.log2(nats/1e-2)))
