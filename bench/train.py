@@ -4,7 +4,8 @@
 usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 3] [--trl FOLDER] [--distillkit FOLDER] [--no-write] [--quick]
 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
-before the clock starts, as the cache of a teacher in bf16 would hold them, its head in bf16 too. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
+before the clock starts, as the cache of a teacher in bf16 would hold them, its head in bf16 too;
+the product with it is then in bf16 where the processor has instructions for that, and beside it stands one in fp32. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
 30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
 Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
 takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.

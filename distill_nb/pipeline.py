@@ -651,7 +651,7 @@ def distiller(self:Run,
     s,c,loss = self.stages[i],self.config.student,self.stage(i).loss()
     if s.kind=='self':
         with self.timed('self-distillation'): return self_distill(student, self.cache, self.out/f'own-{i+1}', loss, self.seen(s), s.mix)
-    kw = dict(last=s.loss.last) | {k: v for k,v in dict(teacher_dtype=PRODUCT.get(self.precision)).items() if v}
+    kw = dict(last=s.loss.last, teacher_dtype=PRODUCT.get(self.precision))
     if s.kind=='on_policy': return Distiller(student, self.own_text(student, i), loss, **kw)
     sizes = self.cache.manifest['teacher']['n_layers'],student.config.get_text_config(decoder=True).num_hidden_layers
     if s.kind=='attention':

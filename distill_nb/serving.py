@@ -14,7 +14,6 @@ __all__ = ['CHILD', 'DIVIDE', 'WORKER', 'LAYOUTS', 'serve', 'request', 'post', '
 import json, re, shlex, statistics, subprocess, sys, tempfile, time, torch, urllib.request
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from itertools import takewhile
 from pathlib import Path
 
 from gguf import GGUFReader, LlamaFileType
@@ -143,7 +142,7 @@ def engine_differences(url:str, # Of a server
 def continue_engine(url:str, # Of a server
     ids:list[int], # Of the prompt
     n:int=16, # Tokens to add
-)->list[int]: # The new ids; the end token ends it, and is left out
+)->list[int]: # The new ids, the end token last where one ends it
     "A greedy continuation by llama.cpp"
     return post(url, '/completion', prompt=ids, n_predict=n, temperature=0, top_k=1, return_tokens=True)['tokens']
 
@@ -166,7 +165,8 @@ def same_answer(model:PreTrainedModel, # In memory
     "Would the model have written just that?"
     e = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(e if isinstance(e, list) else [e])}
-    return said==list(takewhile(lambda o: o not in ends, continue_greedily(model, ids)))
+    own = continue_greedily(model, ids)
+    return said==own[:next((i+1 for i,o in enumerate(own) if o in ends), len(own))]
 
 # %% ../nbs/05a_serving.ipynb #c634c513
 @torch.no_grad()
