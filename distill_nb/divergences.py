@@ -161,12 +161,11 @@ def rows(self:TopK):
 # %% ../nbs/02a_divergences.ipynb #c7b0376e
 @patch
 def kl_(self:TopK, # Target
-    z:Tensor, # (C, V), the student's logits; left as p among the other ids
+    z:Tensor, # (B, V), the student's logits; left as the gradient of KL with respect to them, times T
     r:slice, # Which rows of the target
-    T:float|Tensor, # Temperature, or a column (C, 1) of them
-    low:Tensor=None, # Unused: there is no product to make
-)->tuple: # KL (C,), twice, and top-1 agreement (C,); log p and log t over k+1 outcomes, for `diff_`
-    "Divergence of a chunk, in place"
+    T:float|Tensor, # Temperature, or a column (B, 1) of them
+)->tuple: # KL (B,), twice, and top-1 agreement (B,)
+    "Divergence of a block, in place"
     ids,t,tail = self.ids[r],self.logits[r].to(z.dtype)/T,self.tail_lse[r].to(z.dtype)
     s = _times_(z, 1/T).gather(-1, ids)
     i = _top(z.scatter_(-1, ids, -torch.inf))
@@ -175,20 +174,9 @@ def kl_(self:TopK, # Target
     top,log_q = _softmax_(z, z, i)
     agree = (s.argmax(-1)==t.argmax(-1)) & ((s.amax(-1)>=top) | none)
     log_p,log_t = _with_tail(s, (top - log_q).masked_fill(none, -torch.inf)), _with_tail(t, tail)
-    kl = _kl(log_t, log_p)
-    return kl, kl, agree, (log_p,log_t)
-
-# %% ../nbs/02a_divergences.ipynb #e76dd770
-@patch
-def diff_(self:TopK, # Target
-    p:Tensor, # (C, V), as `kl_` left it; overwritten
-    r:slice, # Which rows of the target
-    state:tuple, # Fourth result of `kl_`
-)->Tensor: # (C, V), gradient of KL with respect to the student's logits, times T; same storage
-    "Gradient of a chunk, in place"
-    log_p,log_t = state
-    d = log_p.exp() - log_t.exp()
-    return p.mul_(d[:,-1:]).scatter_(-1, self.ids[r], d[:,:-1])
+    d,kl = log_p.exp() - log_t.exp(), _kl(log_t, log_p)
+    z.mul_(d[:,-1:]).scatter_(-1, ids, d[:,:-1])
+    return kl, kl, agree
 
 # %% ../nbs/02a_divergences.ipynb #8cac6ee7
 class Sampled(NamedTuple):
@@ -226,25 +214,15 @@ def check(self:Sampled,
 # %% ../nbs/02a_divergences.ipynb #e075e538
 @patch
 def kl_(self:Sampled, # Target
-    z:Tensor, # (C, V), the student's logits; left as p
+    z:Tensor, # (B, V), the student's logits; left as the gradient with respect to them
     r:slice, # Which rows of the target
     T:float|Tensor, # Temperature: 1
-    low:Tensor=None, # Unused: there is no product to make
-)->tuple: # Cross-entropy (C,), twice, and top-1 agreement (C,); the weights, for `diff_`
-    "Divergence of a chunk, in place"
+)->tuple: # Cross-entropy (B,), twice, and top-1 agreement (B,)
+    "Divergence of a block, in place"
     ids,w = self.ids[r],self.weights[r].to(z.dtype)
     i,s = _top(z),z.gather(-1, ids)
     agree = i==ids.gather(-1, w.argmax(-1, keepdim=True))[:,0]
     top,log_q = _softmax_(z, z, i)
     ce = (w*(top[:,None] - s - log_q[:,None])).sum(-1)
-    return ce, ce, agree, w
-
-# %% ../nbs/02a_divergences.ipynb #12057b83
-@patch
-def diff_(self:Sampled, # Target
-    p:Tensor, # (C, V), as `kl_` left it; overwritten
-    r:slice, # Which rows of the target
-    state:Tensor, # Fourth result of `kl_`
-)->Tensor: # (C, V), gradient with respect to the student's logits; same storage
-    "Gradient of a chunk, in place"
-    return p.mul_(state.sum(-1, keepdim=True)).scatter_add_(-1, self.ids[r], -state)
+    z.mul_(w.sum(-1, keepdim=True)).scatter_add_(-1, ids, -w)
+    return ce, ce, agree

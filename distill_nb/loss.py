@@ -183,39 +183,34 @@ class _Dense(NamedTuple):
     "A target with a logit for every id"
     rows:int # N
     vocab:int # V
-    fill:object # fill(r, zt, low) writes the teacher's logits of rows `r` into `zt`
+    dtype:torch.dtype|None # that its logits are made in; None where they are stored
+    make:object # make(r, out): the teacher's logits of rows `r`, in `out` if they are made
+    bend:object # bend(zt): what its head does to them, in place
     kernel:object=None # None: forward KL; else as `_reverse_`
 
     @property
-    def buffers(self)->int: # Tensors (C, V) besides `z`
-        "Scratch that a chunk takes"
+    def buffers(self)->int: # Tensors (B, V) besides `z`
+        "Scratch that a block takes"
         return 2 if self.kernel is None else 3
 
     def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left as p, or as log p for a kernel
+        z:Tensor, # (B, V), the student's logits; left as the gradient with respect to them, times T
         r:slice, # which rows of the target
-        T:float|Tensor, # temperature, or a column (C, 1) of them
-        low:Tensor, # (C, V) or None, for products in fewer bits
-        zt:Tensor, # (C, V), scratch
-        t:Tensor, # (C, V), left as the teacher's probabilities
-        *spare:Tensor, # (C, V), scratch of a kernel
-    )->tuple: # divergence (C,), KL (C,), top-1 agreement (C,), and what `diff_` will need
-        "Divergence of a chunk, in place"
-        zt = self.fill(r, zt, low)
+        T:float|Tensor, # temperature, or a column (B, 1) of them
+        made:Tensor, # (B, V), their part of what `make` gave; overwritten if it is as wide as `z`
+        *scratch:Tensor, # (B, V), one less where `made` is overwritten
+    )->tuple: # divergence (B,), KL (B,), top-1 agreement (B,)
+        "Divergence of a block, in place"
+        zt,t,*spare = (made,*scratch) if self.dtype==z.dtype else (scratch[0].copy_(made[:,:z.shape[-1]]),*scratch[1:])
+        zt = self.bend(zt)
         if self.kernel is None:
             kl,agree = _forward_kl_(z, zt, t, T)
-            return kl, kl, agree, t
+            z.sub_(t)
+            return kl, kl, agree
         kl,agree = _kl_(z, zt, t, T, *spare)
         d,w,p = self.kernel(zt, z, t, *spare)
-        return d, kl, agree, p.mul_(-w.sum(-1, keepdim=True)).add_(w)
-
-    def diff_(self,
-        p:Tensor, # (C, V), as `kl_` left it; overwritten
-        r:slice, # which rows of the target
-        state:Tensor, # fourth result of `kl_`
-    )->Tensor: # (C, V), p - t in the same storage, or what a kernel has made already
-        "Gradient of a chunk, times T, in place"
-        return p.sub_(state) if self.kernel is None else state
+        torch.mul(p, -w.sum(-1, keepdim=True), out=z).add_(w)
+        return d, kl, agree
 
 # %% ../nbs/02_loss.ipynb #75165d06
 def _bend(head): return getattr(head, 'scale', 1.), getattr(head, 'softcap', None)
@@ -226,18 +221,15 @@ def _from_head(hT, head, dtype):
     b,bend = head.bias, _bend(head)
     if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
     hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
-    def _fill(r, out, low):
-        n = out.shape[-1]
-        if dtype==out.dtype: low = None
-        elif low is None or low.dtype!=dtype: low = out.new_empty(out.shape, dtype=dtype)
-        return _bend_(_project(hT[r], w[:n], b if b is None else b[:n], low, out), *bend, None)
-    return _Dense(len(hT), len(w), _fill)
+    def _make(r, out): return torch.mm(hT[r], w[:out.shape[-1]].T, out=out)
+    def _ends(zt): return _bend_(zt if b is None else zt.add_(b[:zt.shape[-1]]), *bend, None)
+    return _Dense(len(hT), len(w), dtype, _make, _ends)
 
 # %% ../nbs/02_loss.ipynb #9cbcf03d
 def _from_logits(zt):
     "A target from stored logits"
     zt = zt.detach()
-    return _Dense(*zt.shape, lambda r, out, low: out.copy_(zt[r,:out.shape[-1]]))
+    return _Dense(*zt.shape, None, lambda r, out: zt[r], lambda z: z)
 
 # %% ../nbs/02_loss.ipynb #45ee956f
 def _exp_(log_p, out): return torch.clamp(log_p, min=-87, out=out).exp_()
@@ -277,8 +269,11 @@ def _as_target(target, divergence, T, V, dtype):
     return target
 
 # %% ../nbs/02_loss.ipynb #73fd2149
+def _spans(start, stop, n): return [slice(i, min(i+n, stop)) for i in range(start, stop, n)]
+def _cut(xs, r): return [x if x is None else x[r] for x in xs]
 def _rows(T, r, *col): return T[(r,*col)] if isinstance(T, Tensor) else T
 
+# %% ../nbs/02_loss.ipynb #516d24f1
 def _adapter(h, lora):
     "States of a LoRA adapter, s A h, and its B"
     if lora is None: return None, None
@@ -289,6 +284,16 @@ def _unbend_(dz, scale, slope):
     "Gradient through the cap and the scale of a head, in place"
     if slope is not None: dz.mul_(slope)
     return dz if scale==1 else dz.mul_(scale)
+
+# %% ../nbs/02_loss.ipynb #11b7d99b
+def _buffers(h, target, n, chunk, acc, dtype, cap, ce):
+    "For a chunk: logits, slope, product in fewer bits, teacher's product; for a block: p at T=1, what the target wants; and rows of a block"
+    low,rows = None if acc==dtype else dtype, min(chunk, len(h))
+    block = min(rows, 64) if h.device.type=='cpu' else rows
+    made = target.dtype if target.buffers else None
+    def _new(rows, *types): return [o and h.new_empty(rows, n, dtype=o) for o in types]
+    bufs = _new(rows, acc, acc if cap else None, low, None if made==low else made)
+    return bufs, _new(block, acc if ce else None, *[acc]*(target.buffers - (made==acc))), max(block, 1)
 
 # %% ../nbs/02_loss.ipynb #1700441f
 class _LinearDivergence(torch.autograd.Function):
@@ -302,21 +307,23 @@ class _LinearDivergence(torch.autograd.Function):
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
         x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
         dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
-        types = [acc, acc if bend[1] else None, None if acc==dtype else dtype, acc if ce else None] + [acc]*target.buffers
-        bufs = [o and h.new_empty(min(chunk, N), n, dtype=o) for o in types]
+        bufs,scratch,block = _buffers(h, target, n, chunk, acc, dtype, bend[1], ce)
+        wanted = any(o is not None for o in grads)
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
-        for i in range(0, N, chunk):
-            r = slice(i, min(i+chunk, N))
-            t,(z,slope,low,q,*more) = _rows(T, r), [o if o is None else o[:r.stop-i] for o in bufs]
+        for r in _spans(0, N, chunk):
+            z,slope,low,own = _cut(bufs, slice(r.stop-r.start))
             _project(x[r], w, b_, low, z)
             _bend_(z if u is None else z.addmm_(u[r], B_.T), *bend, slope)
-            if ce: nll[r] = _ce_(z, q, labels[r])
-            ds[r],kls[r],agree[r],state = target.kl_(z, r, t, low, *more)
-            if not any(o is not None for o in grads): continue
-            dz = _grad_(target.diff_(z, r, state), q, labels[r] if ce else None, t, kl, ce)
-            _unbend_(dz, bend[0], slope)
-            if u is not None: _add_grads(dz, None, u[r], B_, None if du is None else du[r], dB, None)
-            _add_grads(dz, low, x[r], w, None if dh is None else dh[r], dW, db)
+            made = target.make(r, low if own is None else own) if target.buffers else None
+            for s in _spans(r.start, r.stop, block):
+                at,t = slice(s.start-r.start, s.stop-r.start), _rows(T, s)
+                zs,(q,*more) = z[at], _cut(scratch, slice(s.stop-s.start))
+                if ce: nll[s] = _ce_(zs, q, labels[s])
+                ds[s],kls[s],agree[s] = target.kl_(zs, s, t, *([] if made is None else [made[at],*more]))
+                if wanted: _unbend_(_grad_(zs, q, labels[s] if ce else None, t, kl, ce), bend[0], slope if slope is None else slope[at])
+            if not wanted: continue
+            if u is not None: _add_grads(z, None, u[r], B_, None if du is None else du[r], dB, None)
+            _add_grads(z, low, x[r], w, None if dh is None else dh[r], dW, db)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(kls, agree, nll)
         return kl*(ds*_rows(T**2, slice(N), 0)).sum() + ce*nll.sum(), kls, agree, nll

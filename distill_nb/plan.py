@@ -127,13 +127,15 @@ def activations(c:PretrainedConfig, # Shape of the student
     length:int, # Tokens of its longest sequence
     blocks:int=None, # Blocks from the lowest that trains upwards; default: all
     width:int=4, # Bytes of a number in the products: 4, or 2 under bf16
-    checkpointing:bool=False, # Are blocks recomputed?
+    checkpointing:bool|str=False, # Are blocks recomputed? True or 'selective', as in `recompute`
 )->int: # Bytes
     "What the blocks keep from the forward for the backward pass"
     d,n = c.hidden_size,c.num_hidden_layers if blocks is None else blocks
     q,f = c.num_attention_heads*head_width(c),getattr(c, 'intermediate_size', None) or getattr(c, 'n_inner', None) or 4*d
     block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*f+length)
-    return n_tokens*(4*d*n+block if checkpointing else block*n)
+    kv = 2*getattr(c, 'num_key_value_heads', c.num_attention_heads)*head_width(c)
+    each = 4*d + (width*(2*q+kv+2*d+2*f) + 4*c.num_attention_heads)*(checkpointing=='selective')
+    return n_tokens*(each*n+block if checkpointing else block*n)
 
 # %% ../nbs/06a_plan.ipynb #26bb9855
 def moments(config:Config, # What is planned
@@ -152,7 +154,7 @@ def student_memory(config:Config, # What is planned
     acts = activations(s.config, n, length, s.config.num_hidden_layers-s.lowest, 2 if bf16 else 4, m.activation_checkpointing)
     if config.student.attention and config.student.attention.maps:
         acts += n*length*s.config.num_attention_heads*(6 if bf16 else 4)*(1 if m.activation_checkpointing else s.config.num_hidden_layers-s.lowest)
-    forward,grads = acts+min(256, n)*V*(14 if bf16 else 12),4*s.trains
+    forward,grads = acts+min(256, n)*V*(14 if bf16 else 12)+4*V*s.config.hidden_size*s.head,4*s.trains
     return dict(weights=4*s.total, weights_in_bf16=2*s.total*bf16, adam=moments(config)*s.trains, teacher_head=t.vocab_size*t.hidden_size*(4+2*bf16),
         activations_or_gradients=forward+grads if m.gradient_accumulation>1 else max(forward, grads))
 
@@ -190,7 +192,7 @@ def train_flops(config:Config, # What is planned
 )->float: # Operations
     "What training multiplies"
     s,t = student_sizes(config),shape(config.teacher.model_id)
-    forward = s.matrices*(1+config.training.memory.activation_checkpointing)
+    forward = s.matrices*(1+(config.training.memory.activation_checkpointing is True))
     back = s.matrices*(1-s.lowest/s.config.num_hidden_layers) + s.moving
     heads = s.config.vocab_size*s.config.hidden_size*(2+s.head) + t.vocab_size*t.hidden_size
     return 2*n_tokens*(forward+back) + 2*n_targets*heads

@@ -10,7 +10,6 @@ __all__ = ['StudentSpace', 'student_space', 'space_divergence']
 # %% ../nbs/02c_student_space.ipynb #46610465
 import torch
 from .loss import LinearDivergence, _bend, _log_p, _softmax_, _times_, _top, _wide, linear_divergence
-from fastcore.basics import patch
 from torch import Tensor
 from typing import NamedTuple
 
@@ -49,34 +48,23 @@ class _Lse(NamedTuple):
     vocab:int # Ids that both have
     buffers = 0
 
+    @property
+    def rows(self)->int: # N
+        "Number of tokens"
+        return len(self.top)
+
     def check(self, *_):
         "It serves all"
 
     def kl_(self,
-        z:Tensor, # (C, V), the student's logits; left as p
+        z:Tensor, # (B, V), the student's logits; left as p, which is their gradient, times T
         r:slice, # Which rows of the target
         T:float, # Temperature
-        low:Tensor=None, # Unused: there is no product to make
-    )->tuple: # logsumexp (C,), twice, and top-1 agreement (C,); nothing for `diff_`
-        "Logsumexp of a chunk, in place"
+    )->tuple: # logsumexp (B,), twice, and top-1 agreement (B,)
+        "Logsumexp of a block, in place"
         i = _top(z)
         top,log_p = _softmax_(_times_(z, 1/T), z, i)
-        return top - log_p, top - log_p, i==self.top[r], None
-
-# %% ../nbs/02c_student_space.ipynb #61dec3a2
-@patch
-def diff_(self:_Lse, # Target
-    p:Tensor, # (C, V), as `kl_` left it
-    r:slice, # Which rows of the target
-    state, # Unused
-)->Tensor: # (C, V), same storage
-    "Gradient of a chunk, times T, in place"
-    return p
-
-@patch(as_prop=True)
-def rows(self:_Lse):
-    "Number of tokens"
-    return len(self.top)
+        return top - log_p, top - log_p, i==self.top[r]
 
 # %% ../nbs/02c_student_space.ipynb #4c15f223
 def space_divergence(

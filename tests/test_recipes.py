@@ -508,7 +508,7 @@ EFFECTS = {
         lambda r: given('self_distill', lambda r: r.distiller(r.learner(), 1))(r)[0][-1], .9),
     'training.memory.batch_size': ({}, 3, tr(lambda t: t.batch_size), 3), 'training.memory.gradient_accumulation': ({}, 3, tr(lambda t: t.accum_steps), 3),
     'training.memory.mixed_precision': ({}, 'bf16', tr(lambda t: (t.mixed_precision, t.distiller.asked)), ('bf16', torch.bfloat16)),
-    'training.memory.activation_checkpointing': ({}, True, tr(lambda t: t.distiller.student.is_activation_checkpointing), True),
+    'training.memory.activation_checkpointing': ({}, 'selective', tr(lambda t: 'context_fn' in t.distiller.student.model._gradient_checkpointing_func.keywords), True),
     'training.memory.save_every': ({}, 3, tr(lambda t: t.save_every), 3), 'training.monitor.policy': ({}, 'stop', tr(lambda t: t.monitor.policy), 'stop'),
     'training.monitor.window': ({}, 9, tr(lambda t: t.monitor.window), 9), 'training.monitor.k': ({}, 9., tr(lambda t: t.monitor.k), 9.),
     'training.watch.diagnose': ({}, False, watching, []), 'training.watch.every': ({}, 3, tr(lambda t: t.callbacks[0].every), 3),
