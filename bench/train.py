@@ -5,11 +5,13 @@ usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 
 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
 before the clock starts, as the cache of a teacher in bf16 would hold them, its head in bf16 too;
-the product with it is then in bf16 where the processor has instructions for that, and beside it stands one in fp32. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
+the product with it is then in bf16 where the processor has instructions for that, and beside it stands one in fp32, and one with selective recomputation
+of activations. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
 30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
 Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
 takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.
-Seconds are the median of three later steps, in memory that stays with the process, for every contender: the price of fresh pages changes from machine to machine and hour to hour. Linux only.
+Seconds are the median of three later steps, in memory that stays with the process, for every contender, as a `DistillTrainer` has it: the price of fresh pages changes from machine to machine and hour to hour.
+"Kept" is the peak with these steps. Bars are on the first, which is kinder to plain fine-tuning. Linux only.
 """
 import argparse, json, os, subprocess, sys, time
 from collections import defaultdict
@@ -24,11 +26,11 @@ from distill_nb.divergences import top_k
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
 from distill_nb.distiller import Distiller
-from distill_nb.trainer import adamw, kept_memory
+from distill_nb.trainer import adamw, kept_memory, recompute
 from loss import machine, status, write
 
 V,D = 49152,576
-BARS = {'hidden': (1.12, .65), 'hidden, fp32 product': (None, None), 'topk': (1., None)} # largest ratio to plain of time, and of memory
+BARS = {'hidden': (1.12, .65), 'hidden, selective': (1.12, .65), 'hidden, fp32 product': (None, None), 'topk': (1., None)} # largest ratio to plain of time, and of memory
 TRL_BARS = 1/1.6,1/3 # largest ratio of hidden to TRL's GKD, of time and of memory
 
 def student(layers):
@@ -100,6 +102,7 @@ def step_fn(a, kind, model):
         head = teacher_head()
         codec = SimpleNamespace(temperatures=torch.tensor([1.]))
         gives,wide = kind.split(',')[0],torch.float32 if 'fp32' in kind else None
+        if 'selective' in kind: recompute(model, 'selective')
         dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=wide)
         loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, gives, head, a.k)
     opt = adamw(model.parameters())
@@ -129,7 +132,8 @@ def one(a):
         for _ in range(3):
             step()
             spent.append(time.process_time())
-    print(json.dumps(dict(s=median(b-a for a,b in zip(spent, spent[1:])), mib=peak)))
+        kept = status('VmHWM')-before
+    print(json.dumps(dict(s=median(b-a for a,b in zip(spent, spent[1:])), mib=peak, kept=kept)))
 
 def spawn(a, kind, length):
     args = [sys.executable, __file__, '--batch', str(a.batch), '--lengths', str(length), '--layers', str(a.layers), '--k', str(a.k), '--one', kind]
@@ -138,22 +142,23 @@ def spawn(a, kind, length):
     return json.loads(out.stdout.splitlines()[-1])
 
 def measure(a, length):
-    "Medians of interleaved runs: `{contender: (CPU seconds, MiB)}`"
+    "Medians of interleaved runs: `{contender: (CPU seconds, MiB, MiB in kept memory)}`"
     runs = {k: [] for k in ('plain', *BARS, *(['gkd', 'sft'] if a.trl else []), *(['distillkit'] if a.distillkit else []))}
     for _ in range(a.pairs):
         for k in runs: runs[k].append(spawn(a, k, length))
-    return {k: tuple(median(r[o] for r in v) for o in ('s','mib')) for k,v in runs.items()}
+    return {k: tuple(median(r[o] for r in v) for o in ('s', 'mib', 'kept')) for k,v in runs.items()}
 
 def bars(a, length, res):
     "Name, value and limit of each bar of one length"
-    s0,m0 = res['plain']
+    s0,m0,_ = res['plain']
     found = [(f'{k.replace(", ", "_").replace(" ", "_")}_{what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
-    if a.trl: found += [(f'hidden_{what}_of_gkd', h/g, lim) for what,h,g,lim in zip(('time', 'memory'), res['hidden'], res['gkd'], TRL_BARS)]
+    ours = [k for k in BARS if a.trl and BARS[k][1]]
+    found += [(f'{k.replace(", ", "_")}_{what}_of_gkd', h/g, lim) for k in ours for what,h,g,lim in zip(('time', 'memory'), res[k], res['gkd'], TRL_BARS)]
     return [(f'{n}_{a.batch}x{length}', v, lim) for n,v,lim in found]
 
 def table(a, length, res):
-    (s0,m0),head = res['plain'],[f'| {a.batch} x {length} | CPU s | MiB | time ratio | memory ratio |', '|---|---|---|---|---|']
-    return '\n'.join(head + [f'| {k} | {s:.2f} | {m:.0f} | {s/s0:.2f} | {m/m0:.2f} |' for k,(s,m) in res.items()])
+    (s0,m0,k0),head = res['plain'],[f'| {a.batch} x {length} | CPU s | MiB | kept | time ratio | memory ratio | kept ratio |', '|---|---|---|---|---|---|---|']
+    return '\n'.join(head + [f'| {n} | {s:.2f} | {m:.0f} | {k:.0f} | {s/s0:.2f} | {m/m0:.2f} | {k/k0:.2f} |' for n,(s,m,k) in res.items()])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +175,7 @@ def main():
     if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
     size = sum(o.numel() for o in student(a.layers).parameters())/1e6
     what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process and the median of three steps.'
-    floor = f'Whatever the loss, a step ends with its gradients and a second one of the weight that embeddings and head share: {(size*1e6+V*D)*4/2**20:.0f} MiB.'
+    floor = f'The gradients alone are {size*4e6/2**20:.0f} MiB, and {V*D*4/2**20:.0f} more where the weight that embedding and head share makes two.'
     res = {n: measure(a, n) for n in a.lengths}
     found = [o for n in a.lengths for o in bars(a, n, res[n])]
     said = '\n'.join(f"BAR {n} {v:.2f} {lim:.2f} {'ok' if v<=lim else 'short'}" for n,v,lim in found)
