@@ -169,7 +169,7 @@ class Memory(Table):
     batch_size:int = Field(4, gt=0) # examples per forward pass
     gradient_accumulation:int = Field(1, gt=0) # forward passes per step
     mixed_precision:Literal['auto', 'no', 'bf16', 'fp16', 'fp8'] = 'auto' # 'auto': bf16 where it is fast, else fp16 on a GPU
-    activation_checkpointing:bool|Literal['selective'] = False # recompute in the backward pass: all of a block, or all but its products
+    activation_checkpointing:Literal[False, True, 'selective'] = False # recompute in the backward pass: all of a block, or all but its products
     save_every:int = Field(50, gt=0) # steps between checkpoints
 
 # %% ../nbs/05c_config.ipynb #7dc501d1

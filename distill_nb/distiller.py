@@ -151,7 +151,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, rows, dw): # rows: (V, d), sparse, of the embedding; dw: (V, d), of the head; None where nothing came
         "Their sum"
         if rows is None: return dw
-        return rows.to_dense() if dw is None else dw.add_(rows.coalesce())
+        return rows.to_dense() if dw is None else dw.add_(rows.coalesce() if rows.is_sparse else rows)
 
 # %% ../nbs/02d_distiller.ipynb #e20958c1
 @contextlib.contextmanager
@@ -159,15 +159,17 @@ def one_gradient(
     model:PreTrainedModel, # Left as it was afterwards
 ):
     "Inside, a weight that is embedding and head makes one gradient, not two"
-    e,h = (getattr(m, '_parameters', {}) and m for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    e,h = model.get_input_embeddings(), model.get_output_embeddings()
     w = e._parameters.get('weight') if isinstance(e, nn.Embedding) else None
-    apart = w is None or not h or h._parameters.get('weight') is not w or isinstance(w, DTensor)
-    if apart or not (w.requires_grad and torch.is_grad_enabled()) or e.sparse or e.scale_grad_by_freq: return (yield)
+    apart = w is None or getattr(h, '_parameters', {}).get('weight') is not w or isinstance(w, DTensor)
+    still = apart or not (w.requires_grad and torch.is_grad_enabled())
+    compiled = hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None)
+    if still or compiled or w.device.type not in ('cpu', 'cuda') or e.sparse or e.scale_grad_by_freq: return (yield)
     vars(e)['weight'],vars(h)['weight'] = _Gate.apply(w)
     e.sparse = True
     try: yield
     finally:
-        for m in (e, h): del vars(m)['weight']
+        for m in (e, h): vars(m).pop('weight', None)
         e.sparse = False
 
 # %% ../nbs/02d_distiller.ipynb #8ee46bd3

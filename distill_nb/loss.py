@@ -289,7 +289,7 @@ def _unbend_(dz, scale, slope):
 def _buffers(h, target, n, chunk, acc, dtype, cap, ce):
     "For a chunk: logits, slope, product in fewer bits, teacher's product; for a block: p at T=1, what the target wants; and rows of a block"
     low,rows = None if acc==dtype else dtype, min(chunk, len(h))
-    block = min(rows, 32) if h.device.type=='cpu' else rows
+    block = min(rows, max(32, 2*torch.get_num_threads())) if h.device.type=='cpu' else rows
     made = target.dtype if target.buffers else None
     def _new(rows, *types): return [o and h.new_empty(rows, n, dtype=o) for o in types]
     bufs = _new(rows, acc, acc if cap else None, low, None if made==low else made)

@@ -133,7 +133,7 @@ def activations(c:PretrainedConfig, # Shape of the student
     d,n = c.hidden_size,c.num_hidden_layers if blocks is None else blocks
     q,f = c.num_attention_heads*head_width(c),getattr(c, 'intermediate_size', None) or getattr(c, 'n_inner', None) or 4*d
     block = 24*d + (4-width)*(3*d+q)//2*2 + width*(4*q+4*f+length)
-    kv = 2*getattr(c, 'num_key_value_heads', c.num_attention_heads)*head_width(c)
+    kv = kept_numbers(c)//c.num_hidden_layers
     each = 4*d + (width*(2*q+kv+2*d+2*f) + 4*c.num_attention_heads)*(checkpointing=='selective')
     return n_tokens*(each*n+block if checkpointing else block*n)
 

@@ -231,14 +231,15 @@ def adamw8bit(params, # Parameters
     return AdamW8bit(decay_groups(params, weight_decay), lr=0., betas=betas)
 
 # %% ../nbs/03_trainer.ipynb #da4173ef
-DEAR = [getattr(torch.ops.aten, o).default for o in ('mm', 'addmm', *(f'_scaled_dot_product_{o}' for o in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')))]
+DEAR = [getattr(torch.ops.aten, o).default for o in ('mm', 'addmm', 'linear', *(f'_scaled_dot_product_{o}' for o in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')))]
 
 def recompute(
     model:PreTrainedModel, # Changed: from now on its blocks are run again in the backward pass
     how:bool|str=True, # True: all of a block; 'selective': all but matrix products and fused attention
 ):
-    "Activation checkpointing; ValueError for another `how`"
+    "Activation checkpointing; ValueError for another `how`, and for a model that clips its queries in place, which 'selective' would take for recomputed ones"
     if how not in (True, 'selective'): raise ValueError(f"activation_checkpointing is {how!r}: use True, 'selective', or False for none")
+    if how=='selective' and getattr(model.config, 'clip_qkv', None): raise ValueError("the student clips the output of a product in place (clip_qkv), which would be kept clipped: use activation_checkpointing True")
     kw = dict(use_reentrant=False)
     if how=='selective': kw['context_fn'] = functools.partial(create_selective_checkpoint_contexts, DEAR)
     model.activation_checkpointing_enable(kw)
