@@ -18,12 +18,13 @@ import torch
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
 from distill_nb.distiller import Distiller
-from distill_nb.trainer import adamw, kept_memory, plain_attention
+from distill_nb.trainer import adamw, kept_memory, plain_attention, recompute
 from loss import machine, status, write
 from train import D, V, batch_of, student
 
 VARIANTS = {'bf16': '', 'bf16, memory kept': 'kept', 'bf16, plain attention': 'plain', 'bf16, both': 'kept plain', 'both, examples one by one': 'kept plain accum',
-    'both, activations recomputed': 'kept plain recompute', 'fp32': 'fp32', 'fp32, memory kept': 'fp32 kept', 'fp32, activations recomputed': 'fp32 recompute'}
+    'both, blocks recomputed': 'kept plain recompute', 'both, all but products recomputed': 'kept plain selective', 'fp32': 'fp32', 'fp32, memory kept': 'fp32 kept', 'fp32, blocks recomputed': 'fp32 recompute',
+    'fp32, all but products recomputed': 'fp32 selective'}
 
 def one(a):
     "Several steps of one variant"
@@ -31,7 +32,7 @@ def one(a):
     want,model = a.one.split(),student(a.layers)
     head = Head(torch.randn(V, D, generator=torch.Generator().manual_seed(1))*3/D**.5)
     dist = Distiller(model, SimpleNamespace(head=head, gives='hidden', manifest=dict(layers=[])), DistillationLoss(1., 1.))
-    if 'recompute' in want: model.activation_checkpointing_enable()
+    if how := {'recompute', 'selective'}&set(want): recompute(model, 'selective' if 'selective' in how else True)
     opt,split = adamw(model.parameters()),[1]*4 if 'accum' in want else [4]
     window,seconds = [batch_of(B, a.length, 'hidden', head, 0) for B in split],[]
     Path('/proc/self/clear_refs').write_text('5')

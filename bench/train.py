@@ -6,12 +6,16 @@ usage: train.py [--batch 4] [--lengths 512 128] [--layers 10] [--k 50] [--pairs 
 A student with SmolLM2-135M's widths and a tied head, all positions are targets, fp32, one thread, each run in a fresh process. Targets are made
 before the clock starts, as the cache of a teacher in bf16 would hold them, its head in bf16 too;
 the product with it is then in bf16 where the processor has instructions for that, and beside it stands one in fp32, and one with selective recomputation
-of activations. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
-30 layers online, and its SFT; and with a checkout of https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
+of activations, as one does of plain. With FOLDER, where `pip install --no-deps --target FOLDER trl` put TRL, also its GKD, the teacher of
+30 layers online, without recomputation and with that of whole blocks, which is TRL's default, and its SFT; and with a checkout of
+https://github.com/arcee-ai/DistillKit (whose trainer is a TRL one) its loss from stored log-probabilities.
 Of these, `compute_loss` of the trainer is called as the trainer calls it. Prints a table, then one line per bar, writes both as the section "Train" of RESULTS.md, and exits 1 where a bar is short. `--quick`
-takes the shortest length and one pair, and writes nothing. Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it.
+takes the shortest length and one pair, and writes nothing. Linux only.
+
+Memory is the peak of resident memory during the first step (VmHWM) less what was resident before it. glibc is told (MALLOC_MMAP_THRESHOLD_) to give back
+every block of 128 KiB or more as soon as it is freed, so that this is what the step holds, the same in each run, and not which holes of the heap it found.
 Seconds are the median of three later steps, in memory that stays with the process, for every contender, as a `DistillTrainer` has it: the price of fresh pages changes from machine to machine and hour to hour.
-"Kept" is the peak with these steps. Bars are on the first, which is kinder to plain fine-tuning. Linux only.
+"Kept" is the peak with these steps.
 """
 import argparse, json, os, subprocess, sys, time
 from collections import defaultdict
@@ -31,7 +35,7 @@ from loss import machine, status, write
 
 V,D = 49152,576
 BARS = {'hidden': (1.12, .65), 'hidden, selective': (1.12, .65), 'hidden, fp32 product': (None, None), 'topk': (1., None)} # largest ratio to plain of time, and of memory
-TRL_BARS = 1/1.6,1/3 # largest ratio of hidden to TRL's GKD, of time and of memory
+TRL_BARS = 1/1.6,1/3 # largest ratio of hidden, either way, to TRL's GKD without recomputation, of time and of memory
 
 def student(layers):
     torch.manual_seed(0)
@@ -88,21 +92,22 @@ def distillkit(model):
         return theirs.compute_loss(own, model, text(b) | dict(ids=rows(ids), logprobs=rows(v)))
     return _f
 
-PEERS = dict(gkd=gkd, sft=sft, distillkit=distillkit)
+PLAIN = 'plain','plain, selective'
+PEERS = {'gkd': gkd, 'gkd, recomputed': gkd, 'sft': sft, 'distillkit': distillkit}
 
 def step_fn(a, kind, model):
     "A function of (B, L) that prepares a step and returns it"
+    if ',' in kind and 'product' not in kind: recompute(model, 'selective' if 'selective' in kind else True)
     if kind in PEERS:
         loss,gives = PEERS[kind](model),'topk' if kind=='distillkit' else 'hidden'
         make = lambda B, L: batch_of(B, L, gives, teacher_head(), a.k)
-    elif kind=='plain':
+    elif kind in PLAIN:
         def loss(b): return model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], labels=b['input_ids'], use_cache=False).loss
         make = lambda B, L: batch_of(B, L, 'hidden', None, a.k)
     else:
         head = teacher_head()
         codec = SimpleNamespace(temperatures=torch.tensor([1.]))
         gives,wide = kind.split(',')[0],torch.float32 if 'fp32' in kind else None
-        if 'selective' in kind: recompute(model, 'selective')
         dist = Distiller(model, SimpleNamespace(head=head, codec=codec, gives=gives, manifest=dict(layers=[])), DistillationLoss(1., 1.), teacher_dtype=wide)
         loss,make = lambda b: dist(b)['loss'], lambda B, L: batch_of(B, L, gives, head, a.k)
     opt = adamw(model.parameters())
@@ -138,12 +143,12 @@ def one(a):
 def spawn(a, kind, length):
     args = [sys.executable, __file__, '--batch', str(a.batch), '--lengths', str(length), '--layers', str(a.layers), '--k', str(a.k), '--one', kind]
     for k in ('trl', 'distillkit'): args += [f'--{k}', getattr(a, k)] if getattr(a, k) else []
-    out = subprocess.run(args, capture_output=True, text=True, check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
+    out = subprocess.run(args, capture_output=True, text=True, check=True, env=os.environ|dict(OMP_NUM_THREADS='1', MALLOC_MMAP_THRESHOLD_=str(2**17)))
     return json.loads(out.stdout.splitlines()[-1])
 
 def measure(a, length):
     "Medians of interleaved runs: `{contender: (CPU seconds, MiB, MiB in kept memory)}`"
-    runs = {k: [] for k in ('plain', *BARS, *(['gkd', 'sft'] if a.trl else []), *(['distillkit'] if a.distillkit else []))}
+    runs = {k: [] for k in (*PLAIN, *BARS, *(['gkd', 'gkd, recomputed', 'sft'] if a.trl else []), *(['distillkit'] if a.distillkit else []))}
     for _ in range(a.pairs):
         for k in runs: runs[k].append(spawn(a, k, length))
     return {k: tuple(median(r[o] for r in v) for o in ('s', 'mib', 'kept')) for k,v in runs.items()}
@@ -151,10 +156,9 @@ def measure(a, length):
 def bars(a, length, res):
     "Name, value and limit of each bar of one length"
     s0,m0,_ = res['plain']
-    found = [(f'{k.replace(", ", "_").replace(" ", "_")}_{what}', v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
-    ours = [k for k in BARS if a.trl and BARS[k][1]]
-    found += [(f'{k.replace(", ", "_")}_{what}_of_gkd', h/g, lim) for k in ours for what,h,g,lim in zip(('time', 'memory'), res[k], res['gkd'], TRL_BARS)]
-    return [(f'{n}_{a.batch}x{length}', v, lim) for n,v,lim in found]
+    found = [(k, what, v, lim) for k,lims in BARS.items() for what,v,lim in zip(('time', 'memory'), (res[k][0]/s0, res[k][1]/m0), lims) if lim]
+    found += [(k, f'{what}_of_gkd', h/g, lim) for k in ('hidden', 'hidden, selective') if a.trl for what,h,g,lim in zip(('time', 'memory'), res[k], res['gkd'], TRL_BARS)]
+    return [(f"{k.replace(', ', '_')}_{what}_{a.batch}x{length}", v, lim) for k,what,v,lim in found]
 
 def table(a, length, res):
     (s0,m0,k0),head = res['plain'],[f'| {a.batch} x {length} | CPU s | MiB | kept | time ratio | memory ratio | kept ratio |', '|---|---|---|---|---|---|---|']
@@ -168,13 +172,13 @@ def main():
     p.add_argument('--distillkit', help='a checkout of DistillKit; needs --trl')
     p.add_argument('--no-write', action='store_true', help='print only')
     p.add_argument('--quick', action='store_true', help='the shortest length, one pair, printed only')
-    p.add_argument('--one', choices=('plain', *BARS, *PEERS), help=argparse.SUPPRESS)
+    p.add_argument('--one', choices=(*PLAIN, *BARS, *PEERS), help=argparse.SUPPRESS)
     a = p.parse_args()
     sys.path += [o for o in (a.trl, a.distillkit) if o]
     if a.one: return one(a)
     if a.quick: a.pairs,a.lengths,a.no_write = 1,[min(a.lengths)],True
     size = sum(o.numel() for o in student(a.layers).parameters())/1e6
-    what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process and the median of three steps.'
+    what = f'One optimizer step, {a.layers} layers, {size:.1f} M parameters, all positions are targets, k = {a.k}, fp32, one thread. Medians of {a.pairs} interleaved runs, each in a fresh process and the median of three steps. Bars are against a plain step and a GKD that recompute nothing.'
     floor = f'The gradients alone are {size*4e6/2**20:.0f} MiB, and {V*D*4/2**20:.0f} more where the weight that embedding and head share makes two.'
     res = {n: measure(a, n) for n in a.lengths}
     found = [o for n in a.lengths for o in bars(a, n, res[n])]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .cache import TeacherCache
 from .divergences import Sampled, TopK
-from .loss import DistillationLoss, LinearDivergence, OutputHead, hidden_loss, linear_divergence, output_head
+from .loss import DistillationLoss, LinearDivergence, OutputHead, _lora, hidden_loss, linear_divergence, output_head
 from .synthesis import Head, head_input
 
 # %% ../nbs/02d_distiller.ipynb #d94d48fb
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
     ):
         "Check that the cache holds what the loss needs"
         super().__init__()
-        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)[2:]
+        self.student,self.cache,self.loss,self.balance,self.bend = student,cache,loss,1.,output_head(student)[2:4]
         self.asked,self.last = teacher_dtype,last
         self.layer_map = {s: t for s,(t,_) in (projections or {}).items()}
         if (miss := set(self.layer_map.values())-set(cache.manifest['layers'])): raise ValueError(f'teacher layers {sorted(miss)} are not in the cache: build it with layers={sorted(self.layer_map.values())}')
@@ -95,9 +95,9 @@ def features(self:Distiller,
 @patch
 def head(self:Distiller)->OutputHead: # Its weights are the student's own
     "The student's output head, with what its model does to the logits"
-    m = self.student.get_output_embeddings()
+    m,lora = _lora(self.student.get_output_embeddings()) # as it is now: sharing out makes new parameters
     if isinstance(m.weight, DTensor): raise ValueError("the student's output head is split over several processes: load it with tp_plan={'lm_head': 'replicate'}, or let DistillTrainer(shard=True) share it out")
-    return OutputHead(m.weight, m.bias, *self.bend)
+    return OutputHead(m.weight, m.bias, *self.bend, lora)
 
 # %% ../nbs/02d_distiller.ipynb #32f7770e
 @patch(as_prop=True)

@@ -62,7 +62,7 @@ class DistillationLoss(nn.Module):
     "Divergence of logits at a temperature, features and cross-entropy: a mean over target tokens"
     def __init__(self,
         temperature:float|Tensor=2., # T of the divergence: a number, or one per position (...), whose T^2 is then its own
-        alpha:float=.7, # share of the logits against the features
+        alpha:float=.7, # share of the logits against the features; without features it has no effect
         divergence="forward_kl", # a name, or a function of (student_logits, teacher_logits, T) as in `distill_nb.divergences`
         ce:float=0., # weight of cross-entropy with the labels
     ):
@@ -259,7 +259,9 @@ def _kernel(divergence):
     f = _named(divergence)
     f,kw = (f.func,f.keywords) if isinstance(f, partial) and not f.args else (f,{})
     if f not in _kernels: raise ValueError(f"no kernel for {getattr(f, '__name__', f)!r}: choose from {', '.join(o.__name__ for o in _kernels)}, or use DistillationLoss")
-    return partial(_kernels[f], **kw) if kw else _kernels[f]
+    if not kw: return _kernels[f]
+    f(*torch.zeros(2, 1, 2), **kw) # refuses a dial that is out of range
+    return partial(_kernels[f], **kw)
 
 def _as_target(target, divergence, T, V, dtype):
     "What the loop needs to know about a target"
@@ -270,6 +272,9 @@ def _as_target(target, divergence, T, V, dtype):
 
 # %% ../nbs/02_loss.ipynb #73fd2149
 def _spans(start, stop, n): return [slice(i, min(i+n, stop)) for i in range(start, stop, n)]
+def _nested(r, part, block): return [(p,s) for p in _spans(r.start, r.stop, part) for s in _spans(p.start, p.stop, block)]
+
+# %% ../nbs/02_loss.ipynb #140c3db3
 def _cut(xs, r): return [x if x is None else x[r] for x in xs]
 def _rows(T, r, *col): return T[(r,*col)] if isinstance(T, Tensor) else T
 
@@ -287,13 +292,15 @@ def _unbend_(dz, scale, slope):
 
 # %% ../nbs/02_loss.ipynb #11b7d99b
 def _buffers(h, target, n, chunk, acc, dtype, cap, ce):
-    "For a chunk: logits, slope, product in fewer bits, teacher's product; for a block: p at T=1, what the target wants; and rows of a block"
+    "For a chunk: logits, slope, product in fewer bits; for a part of it: teacher's product; for a block: p at T=1, what the target wants; and rows of part and block"
     low,rows = None if acc==dtype else dtype, min(chunk, len(h))
-    block = min(rows, max(32, 2*torch.get_num_threads())) if h.device.type=='cpu' else rows
+    block = min(rows, max(16, 2*torch.get_num_threads())) if h.device.type=='cpu' else rows
     made = target.dtype if target.buffers else None
+    part = rows if made==low else max(block, -(-rows//2))
     def _new(rows, *types): return [o and h.new_empty(rows, n, dtype=o) for o in types]
-    bufs = _new(rows, acc, acc if cap else None, low, None if made==low else made)
-    return bufs, _new(block, acc if ce else None, *[acc]*(target.buffers - (made==acc))), max(block, 1)
+    bufs = _new(rows, acc, acc if cap else None, low)
+    own = bufs[-1] if made==low else _new(part, made)[0]
+    return bufs, own, _new(block, acc if ce else None, *[acc]*(target.buffers - (made==acc))), max(part, 1), max(block, 1)
 
 # %% ../nbs/02_loss.ipynb #1700441f
 class _LinearDivergence(torch.autograd.Function):
@@ -307,19 +314,19 @@ class _LinearDivergence(torch.autograd.Function):
         N,n,acc = len(h), min(len(W), target.vocab), torch.promote_types(dtype, torch.float32)
         x,w,b_,u,B_ = h.to(dtype), W[:n].to(dtype), b if b is None else b[:n], u if u is None else u.to(acc), B if B is None else B[:n].to(acc)
         dh,dW,db,du,dB = grads = [torch.zeros_like(o, dtype=acc) if grad and k else None for o,k in zip((h,W,b,u,B), ctx.needs_input_grad)]
-        bufs,scratch,block = _buffers(h, target, n, chunk, acc, dtype, bend[1], ce)
+        bufs,own,scratch,part,block = _buffers(h, target, n, chunk, acc, dtype, bend[1], ce)
         wanted = any(o is not None for o in grads)
         ds,kls,nll,agree = h.new_empty(N, dtype=acc), h.new_empty(N, dtype=acc), h.new_zeros(N, dtype=acc), h.new_empty(N, dtype=torch.bool)
         for r in _spans(0, N, chunk):
-            z,slope,low,own = _cut(bufs, slice(r.stop-r.start))
+            z,slope,low = _cut(bufs, slice(r.stop-r.start))
             _project(x[r], w, b_, low, z)
             _bend_(z if u is None else z.addmm_(u[r], B_.T), *bend, slope)
-            made = target.make(r, low if own is None else own) if target.buffers else None
-            for s in _spans(r.start, r.stop, block):
-                at,t = slice(s.start-r.start, s.stop-r.start), _rows(T, s)
+            for p,s in _nested(r, part, block):
+                if target.buffers and s.start==p.start: made = target.make(p, own if own is None else own[:p.stop-p.start])
+                at,here,t = slice(s.start-r.start, s.stop-r.start), slice(s.start-p.start, s.stop-p.start), _rows(T, s)
                 zs,(q,*more) = z[at], _cut(scratch, slice(s.stop-s.start))
                 if ce: nll[s] = _ce_(zs, q, labels[s])
-                ds[s],kls[s],agree[s] = target.kl_(zs, s, t, *([] if made is None else [made[at],*more]))
+                ds[s],kls[s],agree[s] = target.kl_(zs, s, t, *([made[here],*more] if target.buffers else []))
                 if wanted: _unbend_(_grad_(zs, q, labels[s] if ce else None, t, kl, ce), bend[0], slope if slope is None else slope[at])
             if not wanted: continue
             if u is not None: _add_grads(z, None, u[r], B_, None if du is None else du[r], dB, None)

@@ -19,7 +19,8 @@ def spike_bound(
     past:list[float], # KL of the steps before
     k:float=6., # Robust standard deviations that make a spike
 )->float: # Nats per token; infinite while there are fewer than five steps
-    "The KL above which a step stands out from the steps before it"
+    "The KL above which a step stands out from the steps before it; those that are not finite are left out"
+    past = [o for o in past if math.isfinite(o)]
     if len(past)<5: return math.inf
     m = median(past)
     return m + k*1.4826*max(median(abs(o-m) for o in past), 1e-3*abs(m))
@@ -44,13 +45,14 @@ def token_mean(
 class KLMonitor:
     "Says of each step whether it is in order, and what to do with one that is not"
     def __init__(self,
-        policy:str='log', # 'log' it, 'skip' its update, 'rollback' to the last checkpoint with a smaller learning rate, or 'stop'
+        policy:str='log', # 'log' it, 'skip' its update, 'rollback' to the last good checkpoint with a smaller learning rate, or 'stop'
         window:int=20, # Steps of the past to compare with
         k:float=6., # Robust standard deviations that make a spike
         shrink:float=.5, # A rollback multiplies the learning rate by this
     ):
         "Keep the settings"
         if policy not in ('log', 'skip', 'rollback', 'stop'): raise ValueError(f"policy is {policy!r}: use 'log', 'skip', 'rollback' or 'stop'")
+        if not 0<shrink<1: raise ValueError(f'shrink is {shrink}: a rollback multiplies the learning rate by it, so give a number between 0 and 1')
         self.policy,self.window,self.k,self.shrink = policy,window,k,shrink
 
 # %% ../nbs/02e_monitor.ipynb #e95128b9
@@ -91,15 +93,17 @@ def plot_kl(self:Recorder,
     "KL of each step with its trailing median and band, spikes, stage borders and unfreezing"
     ax = ax or plt.subplots(figsize=(8, 3.6))[1]
     kl,step,stage = (self.column(k) for k in ('kl', 'step', 'stage'))
-    past = [kl[max(0, i-window):i+1] for i in range(len(kl))]
+    past = [[o for o in kl[max(0, i-window):i+1] if math.isfinite(o)] or [math.nan] for i in range(len(kl))]
     mid = [median(p) for p in past]
     mad = [1.4826*median(abs(o-m) for o in p) for p,m in zip(past, mid)]
     line, = ax.plot(step, kl, lw=.8, alpha=.6)
     ax.plot(step, mid, color=line.get_color(), label=label or 'median of the last steps')
     ax.fill_between(step, [m-s for m,s in zip(mid, mad)], [m+s for m,s in zip(mid, mad)], color=line.get_color(), alpha=.2)
     judged = any('verdict' in r for r in self.rows)
-    sp = [i for i,r in enumerate(self.rows) if r.get('verdict')] if judged else find_spikes(kl, window)
+    sp = [i for i,r in enumerate(self.rows) if r.get('verdict') and math.isfinite(kl[i])] if judged else find_spikes(kl, window)
     if sp: ax.plot([step[i] for i in sp], [kl[i] for i in sp], 'rv', label=f'{len(sp)} spike{"s"*(len(sp)>1)}')
+    lost = [o for o,v in zip(step, kl) if not math.isfinite(v)]
+    if lost: ax.plot(lost, [0]*len(lost), 'rx', clip_on=False, label=f'{len(lost)} not finite')
     trains = [r.get('trains') for r in self.rows]
     for i in range(1, len(stage)):
         if stage[i]!=stage[i-1]: ax.axvline(step[i]-.5, color='gray', ls=':')

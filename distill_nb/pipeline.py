@@ -724,9 +724,12 @@ def fit(self:Run,
 )->list[dict]: # That and this stage's
     "Train to the end of a stage; the student is then its best, or with `ema` its average"
     rows = tr.fit().rows
+    last = rows[-1]
+    if tr.monitor.policy=='stop' and last.get('stopped') and last['verdict']:
+        raise RuntimeError(f"{tr.out.name}: stopped by the monitor at step {last['step']}, {last['verdict']}: to go on from there, choose another training.monitor.policy and run again")
     with torch.no_grad():
         for n,a in tr.averages.items(): tr.names[n].copy_(a)
-    if (stop := self.config.validation.early_stopping) and stop.best and any('watched' in r for r in rows): KeepBest().after_fit(tr)
+    if (stop := self.config.validation.early_stopping) and stop.best and any('watched' in r for r in rows): KeepBest('watched').after_fit(tr)
     return [*past, *[r | dict(step=len(past)+r['step']) for r in rows]]
 
 # %% ../nbs/05d_pipeline.ipynb #14eb2098

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import TeacherCache, build_cache
 from .files import sha256_json
-from .shards import score_rows
 from .loss import DistillationLoss, LinearDivergence, linear_divergence
 from .synthesis import Head, TeacherSynthesizer
 from .distiller import Distiller, teacher_target
@@ -30,11 +29,9 @@ class Reader(TeacherSynthesizer):
         teacher:TeacherSynthesizer, # Who reads
         rows:list[dict], # With `prompt`
         examples:list[dict], # The response to each: `dict(input_ids=, prompt_len=)`
-        tokens:int=2048, # Of a pass, padding counted
     ):
         "Share the teacher's model; note who answered what"
         self.__dict__.update(teacher.__dict__)
-        self.tokens = tokens
         self.given = {sha256_json(r['prompt']): e for r,e in zip(rows, examples, strict=True)}
         if len(self.given)<len(rows): raise ValueError('a prompt occurs twice: give each prompt once, and the other response in another cache')
 
@@ -44,12 +41,9 @@ def generate(self:Reader,
     prompts:list, # Prompts that were answered before
     *args, # Settings of a writer: not used
     **kwargs # Settings of a writer: not used
-)->list[dict]: # `dict(input_ids=, prompt_len=, hidden=)` for each prompt
-    "The given responses, read"
-    exs = [dict(self.given[sha256_json(p)]) for p in prompts]
-    h,_ = score_rows(self, exs, tokens=self.tokens)
-    for e,o in zip(exs, h.split([len(e['input_ids'])-e['prompt_len'] for e in exs])): e['hidden'] = o
-    return exs
+)->list[dict]: # `dict(input_ids=, prompt_len=)` for each prompt
+    "The given responses"
+    return [dict(self.given[sha256_json(p)]) for p in prompts]
 
 # %% ../nbs/03a_stages.ipynb #e885518f
 def score_cache(
@@ -57,12 +51,12 @@ def score_cache(
     rows:list[dict], # With `prompt`, and whatever else is to be kept
     examples:list[dict], # The response to each: `dict(input_ids=, prompt_len=)`
     path:str|Path, # Folder of the new cache
-    **kwargs # To `build_cache`: codec, dtype, layers, shard_size, score_tokens
+    **kwargs # To `build_cache`: codec, dtype, layers, attention, relations, shard_size, score_tokens
 )->TeacherCache: # As if the teacher had written the responses itself
     "What a teacher thinks of given responses, in a cache"
     rows = [{k: v for k,v in r.items() if k not in ('response', 'ended')} | dict(answer=sha256_json([int(i) for i in e['input_ids']]))
         for r,e in zip(rows, examples)]
-    return build_cache(Reader(teacher, rows, examples, kwargs.get('score_tokens', 2048)), rows, path, progress=False, **kwargs)
+    return build_cache(Reader(teacher, rows, examples), rows, path, progress=False, **kwargs)
 
 # %% ../nbs/03a_stages.ipynb #de67d859
 @contextlib.contextmanager
@@ -104,11 +98,12 @@ def compare(self:SelfDistiller,
     labels:Tensor, # `(N,)`, the ids predicted there
     batch:dict, # From `cache.collate`
     kl:float, # Weight of T^2 times the divergence
-)->LinearDivergence: # Loss of both; the statistics are the teacher's
+)->LinearDivergence: # Loss of both (without gradients, of the teacher alone, who has examples to judge on too); the statistics are the teacher's
     "The loss on logits, with a mixed target"
     T = self.loss.temperature
     if self.loss.divergence!='forward_kl': raise ValueError(f"divergence {self.loss.divergence!r}: targets are mixed in 'forward_kl' only")
     d = super(SelfDistiller, self).compare(h, labels, batch, kl*(1-self.mix))
+    if not torch.is_grad_enabled(): return d
     own = self.own.collate([self.own[self.where[i]] for i in batch['index'].tolist()])
     target = teacher_target(self.own, to_device(own, h.device), T, Head(self.own_weight, self.own_bias, self.own_softcap))
     o = linear_divergence(h, self.head(), target, T, kl=kl*self.mix)
@@ -135,6 +130,7 @@ def self_distill(
     idx = list(range(len(cache))) if indices is None else list(indices)
     texts,rows = zip(*((dict(input_ids=e['input_ids'].tolist(), prompt_len=e['prompt_len']),e['meta']) for i in idx for e in [cache[i]]))
     with as_teacher(student, cache.tokenizer) as t: own = score_cache(t, rows, texts, path, **kwargs)
+    if len(own)<len(idx): raise ValueError(f"the student's states are not finite for {len(idx)-len(own)} of {len(idx)} examples: it cannot be a teacher; go back to an earlier checkpoint")
     return SelfDistiller(student, cache, loss, own, {i: j for j,i in enumerate(idx)}, mix, projections)
 
 # %% ../nbs/03a_stages.ipynb #12879cd8

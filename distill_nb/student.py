@@ -351,8 +351,8 @@ def check_pair(teacher:PreTrainedModel, # The teacher's model
     if nt==ns: return nt
     n = len(teacher_tokenizer)
     if min(nt, ns)<n: raise ValueError(f'heads of {nt} and {ns} rows for {n} token ids: call resize_token_embeddings({n}) on the smaller model')
-    warnings.warn(f'heads of {nt} and {ns} rows for one tokenizer: comparing the first {n} ids, the rest is padding', stacklevel=2)
-    return n
+    warnings.warn(f'heads of {nt} and {ns} rows for one tokenizer: comparing the first {min(nt, ns)} ids, the rest is padding', stacklevel=2)
+    return min(nt, ns)
 
 # %% ../nbs/01a_student.ipynb #9b29a0c6
 def freeze_below(student:PreTrainedModel, # Changed in place
@@ -377,6 +377,8 @@ class Unfreeze:
         if not at or at[0]!=0 or at!=sorted(at) or at[-1]>=1: raise ValueError(f'unfreezing at fractions {at}: give rising fractions from 0 to below 1, the first 0')
         for _,n in self.plan:
             if n!='all' and not (isinstance(n, int) and n>=0): raise ValueError(f"{n!r} top blocks to train: use a whole number from 0, or 'all'")
+        top = [inf if n=='all' else n for _,n in self.plan]
+        if top!=sorted(top): raise ValueError(f'top blocks to train {[n for _,n in self.plan]}: give numbers that do not fall, since a block that has trained goes on')
 
 # %% ../nbs/01a_student.ipynb #3f2414df
 @patch

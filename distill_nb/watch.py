@@ -227,7 +227,7 @@ class Diagnose(Callback):
         "Add `cause` to the row of a step that the monitor does not like"
         if not tr.row['verdict']: return
         tr.row['cause'] = cause(tr, tr.row)
-        print(f"step {tr.row['step']}: {tr.row['cause']}")
+        if tr.accelerator.is_main_process: print(f"step {tr.row['step']}: {tr.row['cause']}")
 
 # %% ../nbs/03c_watch.ipynb #1406add9
 def installed(tracker:str, # A name that accelerate knows; raises `ValueError` for another

@@ -17,7 +17,7 @@ def test_loss(kind):
     o = json.loads(bench('loss.py', '--tokens', '64', '--hidden', '16', '--vocab', '512', '--k', '8', '--threads', '1', '--one', kind).splitlines()[-1])
     assert o['s']>0 and o['mib']>=0
 
-@pytest.mark.parametrize('kind', ['plain', 'hidden', 'topk'])
+@pytest.mark.parametrize('kind', ['plain', 'hidden', 'hidden, selective', 'topk'])
 def test_train(kind):
     o = json.loads(bench('train.py', '--layers', '1', '--batch', '1', '--lengths', '16', '--one', kind).splitlines()[-1])
     assert o['s']>0 and o['mib']>0

@@ -17,6 +17,7 @@ from distill_nb.cache import TeacherCache
 from distill_nb.files import CacheError, claim, load_json
 from distill_nb.config import Config, Loader, preset, read_yaml, tables
 from distill_nb.eval import Report, level
+from distill_nb.monitor import KLMonitor
 from distill_nb.plan import main, make_plan, projection_cost, verify
 from distill_nb.pipeline import Run, prompt_rows
 from distill_nb.recipes import judge_model, run
@@ -599,6 +600,17 @@ def test_adapter_beside_the_student_is_the_student(asked, tmp_path):
     assert (r.load_student(r.start())(x).logits-student(x).logits).abs().max()>1e-3
     with pytest.raises(ValueError, match='student.lora.keep: with `tasks`'): tiny_run(asked[1], tmp_path, student__lora=dict(keep=True, tasks=dict(classify=1., compare=1.)))
 
+def test_a_run_that_the_monitor_stops_goes_no_further(asked, tmp_path, monkeypatch):
+    "Neither to the next stage nor to an export; under another policy it goes on"
+    monkeypatch.setattr(KLMonitor, 'judge', lambda self, rows, row: 'batch' if row['step']==1 else '')
+    def make(policy):
+        r = tiny_run(asked[1], tmp_path, training__monitor=dict(policy=policy))
+        r.cache = r.judged = asked[2]
+        return r
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='student: stopped by the monitor at step 1, batch: to go on from there, choose another training.monitor.policy'): quiet(make('stop').train)
+    assert 'student' in quiet(make('log').train)
+
 def test_layers_that_are_most_alike_are_matched(pair, asked, tmp_path):
     "The student is the teacher's first two blocks, so its first looks like the teacher's first, and not like its second as in an even map"
     t = LlamaForCausalLM.from_pretrained(pair[0])
@@ -671,7 +683,7 @@ def test_padded_vocabularies_run_to_a_report(sizes, store, asked, tmp_path):
         with pytest.raises(ValueError, match="teacher.store: 'topk' may keep ids that the student lacks"): make()
         return
     r = make()
-    with pytest.warns(UserWarning, match='comparing the first 49152 ids, the rest is padding') as said: rep = quiet(run, r.config, False)
+    with pytest.warns(UserWarning, match=f'comparing the first {min(sizes)} ids, the rest is padding') as said: rep = quiet(run, r.config, False)
     assert len([o for o in said if 'padding' in str(o.message)])==1 and set(rep.models)=={'teacher', 'start', 'student', 'student @ 2 steps', 'control'}
     kl = {k: o['heldout'].kl for k,o in rep.models.items()}
     assert kl['teacher']<1e-3 and kl['student']!=kl['start'] and all(math.isfinite(o) for o in kl.values())

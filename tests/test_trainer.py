@@ -22,7 +22,7 @@ from distill_nb.distiller import Distiller
 from distill_nb.monitor import KLMonitor, token_mean
 from distill_nb.shard import collect
 from distill_nb.export import export_safetensors
-from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, held_out, train_distillation
+from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, decay_groups, held_out, train_distillation
 from distill_nb.watch import Diagnose, Track, Watch
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
@@ -35,7 +35,7 @@ def make(root, name, cls=Distiller, stages=None, cache=None, dtype=torch.float32
     cache = cache or TeacherCache(root/'cache')
     stages = stages or [Stage('logits', 6, lr=5e-3, unfreeze=[(0., 1), (.5, 'all')]), Stage('features', 6, lr=2e-3, alpha=.5, temperature=2., ce=.1)]
     torch.manual_seed(3)
-    dist = cls(tiny(2, .02, 1).to(dtype), cache, DistillationLoss(), {1: (1, ProjectionHead(16, 16).to(dtype))})
+    dist = cls(tiny(2, .02, 1).to(dtype), cache, DistillationLoss(), {1: (1, ProjectionHead(16, 16, direction='student_to_teacher').to(dtype))})
     for l in dist.student.model.layers: l.self_attn.attention_dropout = dropout
     args = dict(indices=range(8), batch_size=2, accum_steps=2, save_every=3, device='cpu', progress=False, ema=.9) | kw
     return DistillTrainer(dist, cache, stages, root/name, **args)
@@ -367,6 +367,17 @@ def test_loss_scaling(root, monkeypatch):
     again = make(root, 'overscaled', stages=stages, save_every=6)
     fit(again)
     assert again.accelerator.scaler.get_scale()==now
+    for policy in ('rollback', 'stop'): # an overflow is the scaler's affair, and none of theirs
+        tr = make(root, f'overscaled-{policy}', stages=stages, save_every=6, monitor=KLMonitor(policy))
+        assert 'smaller loss scale' in fit(tr) and tr.lr_scale==1 and tr.recorder.column('skipped')==skipped
+
+def test_gradients_are_clipped(root):
+    norms = []
+    class Norm(Callback):
+        def before_step(self, tr): norms.append(torch.stack([p.grad.norm() for p in tr.names.values() if p.grad is not None]).norm().item())
+    tr = make(root, 'clipped', stages=[Stage('a', 2)], max_grad_norm=1e-3, callbacks=[Norm()])
+    tr.fit()
+    assert norms==pytest.approx([1e-3]*2, rel=1e-3) and min(tr.recorder.column('grad_norm'))>1e-2
 
 @pytest.mark.parametrize('flag', (False, True))
 def test_fp8_of_torchao_trains_the_weights_that_are_there(flag, root, monkeypatch):
@@ -387,6 +398,23 @@ def test_fp8_of_torchao_trains_the_weights_that_are_there(flag, root, monkeypatc
     if flag: return
     tr.save_student(root/'fp8-student')
     assert names_in(root/'fp8-student')=={n.removeprefix('student.') for n in was if n.startswith('student.')}
+
+def test_8bit_adam_goes_on_from_a_checkpoint(root):
+    "The optimizer of bitsandbytes itself, which emulates itself on a CPU, and for which `adamw8bit` therefore wants a GPU"
+    eight = pytest.importorskip('bitsandbytes', reason='bitsandbytes is asked for by nothing here but adamw8bit: pip install bitsandbytes, and this runs').optim.AdamW8bit
+    def run(name, callbacks=()):
+        make_opt = lambda params, decay, betas: eight(decay_groups(params, decay), lr=0., betas=betas)
+        return make(root, name, stages=[Stage('a', 6, lr=1e-3)], optimizer=make_opt, callbacks=callbacks)
+    class Breaks(Callback):
+        def after_step(self, tr):
+            if tr.recorder.rows[-1]['step']==4: raise KeyboardInterrupt
+    whole = run('eight')
+    fit(whole)
+    assert any(v.dtype==torch.uint8 for s in whole.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    with pytest.raises(KeyboardInterrupt): run('eight-broken', [Breaks()]).fit()
+    again = run('eight-broken')
+    assert 'resuming after step 3 of 6' in fit(again) and again.recorder.rows==whole.recorder.rows
+    for n,p in whole.names.items(): assert torch.equal(again.names[n], p)
 
 if __name__=='__main__': dict(kill=kill, two=two)[sys.argv[1]](Path(sys.argv[2]))
 
