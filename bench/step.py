@@ -18,7 +18,8 @@ import torch
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
 from distill_nb.distiller import Distiller
-from distill_nb.trainer import adamw, kept_memory, plain_attention, recompute
+from distill_nb.memory import kept_memory, plain_attention, recompute
+from distill_nb.trainer import adamw
 from loss import machine, status, write
 from train import D, V, batch_of, student
 

@@ -30,7 +30,8 @@ from distill_nb.divergences import top_k
 from distill_nb.loss import DistillationLoss
 from distill_nb.synthesis import Head
 from distill_nb.distiller import Distiller
-from distill_nb.trainer import adamw, kept_memory, recompute
+from distill_nb.memory import kept_memory, recompute
+from distill_nb.trainer import adamw
 from loss import machine, status, write
 
 V,D = 49152,576

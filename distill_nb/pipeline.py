@@ -28,13 +28,14 @@ from .distiller import Distiller
 from .eval import Scores, evaluate
 from .export import export_adapter, export_safetensors
 from .files import CacheError, claim, load_json, save_json, sha256_json, this_job
+from .memory import kept_memory
 from .monitor import KLMonitor
 from .projection import ProjectionHead, cka_matrix, map_layers
 from .shards import as_rows, codec_settings, how_many, repeat_rows
 from .stages import on_policy, self_distill
 from .student import add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student, refit_gaps
 from .synthesis import TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, pad, seeded, weights_sha256
-from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, check_fp8, kept_memory, to_device
+from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, check_fp8, to_device
 from .vision import ImageCache, ImageTeacher, RelationDistiller, about, auto_class, images_of, merge_adapters, processor_sha256
 from .watch import Diagnose, ShowKL, Track, Watch
 from .width import prune_width

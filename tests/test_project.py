@@ -12,7 +12,7 @@ import nbstyle
 
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NBS if p.stem!='index']
-ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'practice', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'shard', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
+ORDER = ['synthesis', 'codecs', 'sparse', 'files', 'shards', 'cache', 'sources', 'practice', 'projection', 'student', 'width', 'loss', 'divergences', 'relations', 'student_space', 'distiller', 'monitor', 'shard', 'memory', 'trainer', 'stages', 'vision', 'watch', 'attention', 'eval', 'benchmarks',
     'export', 'serving', 'winrate', 'config', 'pipeline', 'recipes', 'plan']
 
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']

@@ -371,6 +371,35 @@ def test_loss_scaling(root, monkeypatch):
         tr = make(root, f'overscaled-{policy}', stages=stages, save_every=6, monitor=KLMonitor(policy))
         assert 'smaller loss scale' in fit(tr) and tr.lr_scale==1 and tr.recorder.column('skipped')==skipped
 
+def test_one_distiller_in_several_precisions(root):
+    "accelerate wraps a model's forward and leaves it so; the trainer takes that off"
+    dist = lambda: Distiller(tiny(2, .02, 1), TeacherCache(root/'cache'), DistillationLoss())
+    def first_kl(dist, how):
+        tr = DistillTrainer(dist, dist.cache, [Stage('a', 1, lr=0.)], root/f'first-{how}', range(8), device='cpu', progress=False, mixed_precision=how)
+        return tr.fit(resume=False).column('kl')[0]
+    alone,shared = {how: first_kl(dist(), how) for how in ('no', 'bf16')},dist()
+    assert [first_kl(shared, how) for how in ('no', 'bf16', 'no')]==[alone[how] for how in ('no', 'bf16', 'no')] and alone['no']!=alone['bf16']
+
+def test_a_run_that_a_callback_ended(root):
+    "It is over, and goes on when it is asked to"
+    def run(*calls): return make(root, 'ended', stages=[Stage('a', 8)], callbacks=calls)
+    class Ends(Callback):
+        def after_step(self, tr): tr.stop = tr.recorder.rows[-1]['step']==2
+    fit(run(Ends()))
+    again = run()
+    assert 'stopped there; fit(resume=True) goes on, 3 steps' in fit(again) and len(again.recorder.rows)==3
+    with redirect_stdout(io.StringIO()): assert len(run().fit(resume=True).rows)==8
+    with pytest.raises(ValueError, match="use 'auto', True or False"): run().fit('on')
+
+def test_the_best_of_nothing(root):
+    "A KeepBest that stands before what measures keeps nothing, not even what another run has left"
+    tr = make(root, 'blind', callbacks=[watch(None), KeepBest()])
+    tr.fit()
+    assert (tr.out/'best.safetensors').exists()
+    tr = make(root, 'blind', callbacks=[KeepBest(), watch(None)])
+    with pytest.warns(UserWarning, match='put it behind the callback that measures it'): tr.fit(resume=False)
+    assert not (tr.out/'best.safetensors').exists()
+
 def test_gradients_are_clipped(root):
     norms = []
     class Norm(Callback):
