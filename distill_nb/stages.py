@@ -12,6 +12,7 @@ import contextlib
 from pathlib import Path
 
 from fastcore.basics import patch
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
