@@ -175,7 +175,7 @@ class Memory(Table):
 # %% ../nbs/05c_config.ipynb #7dc501d1
 class Monitor(Table):
     "What is done when the KL spikes"
-    policy:Literal['log', 'skip', 'rollback', 'stop'] = 'log' # `rollback`: to the last checkpoint, with a smaller learning rate
+    policy:Literal['log', 'skip', 'rollback', 'stop'] = 'log' # `rollback`: to the last good checkpoint, with a smaller learning rate
     window:int = Field(20, ge=5) # steps of the past to compare with
     k:float = Field(6., gt=0) # robust standard deviations that make a spike
 

@@ -35,7 +35,7 @@ from .shards import as_rows, codec_settings, how_many, repeat_rows
 from .stages import on_policy, self_distill
 from .student import add_lora, check_pair, check_tokenizers, freeze_below, merge_lora, prune_student, refit_gaps
 from .synthesis import TeacherSynthesizer, embedded_teacher, fast_dtype, head_input, load_prompts, pad, seeded, weights_sha256
-from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, check_fp8, to_device
+from .trainer import Callback, DistillTrainer, KeepBest, Stage, adamw, adamw8bit, check_fp8, measured, to_device
 from .vision import ImageCache, ImageTeacher, RelationDistiller, about, auto_class, images_of, merge_adapters, processor_sha256
 from .watch import Diagnose, ShowKL, Track, Watch
 from .width import prune_width
@@ -701,7 +701,7 @@ def held_out(self:Run,
     worse = -s.agreement if stop.metric=='agreement' else s.perplexity if stop.metric=='perplexity' else s.kl
     rows[-1]['watched'] = worse
     if stop.best: KeepBest('watched').after_step(tr)
-    past = [r['watched'] for r in rows if 'watched' in r]
+    past = measured(rows, 'watched')
     if len(past)-1-past.index(min(past))>=stop.patience: tr.stop = True
 
 # %% ../nbs/05d_pipeline.ipynb #a8b4c0d1
@@ -726,7 +726,7 @@ def fit(self:Run,
     "Train to the end of a stage; the student is then its best, or with `ema` its average"
     rows = tr.fit().rows
     last = rows[-1]
-    if tr.monitor.policy=='stop' and last.get('stopped') and last['verdict']:
+    if tr.monitor.policy=='stop' and last.get('stopped')=='monitor':
         raise RuntimeError(f"{tr.out.name}: stopped by the monitor at step {last['step']}, {last['verdict']}: to go on from there, choose another training.monitor.policy and run again")
     with torch.no_grad():
         for n,a in tr.averages.items(): tr.names[n].copy_(a)

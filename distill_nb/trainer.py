@@ -8,7 +8,7 @@ Docs: https://example.org/distill_nb/trainer.html.md"""
 __all__ = ['passes', 'train_distillation', 'Stage', 'trainable_names', 'check_target', 'check_stages', 'check_data', 'stage_at',
            'lr_at', 'epoch_batches', 'check_fp8', 'engine', 'Callback', 'decay_groups', 'adamw', 'adamw8bit',
            'DistillTrainer', 'to_device', 'named_tensors', 'example_kls', 'optimizer_state', 'restore_state', 'finite',
-           'Evaluate', 'held_out', 'EarlyStopping', 'KeepBest', 'AsModel']
+           'Evaluate', 'held_out', 'measured', 'EarlyStopping', 'KeepBest', 'AsModel']
 
 # %% ../nbs/03_trainer.ipynb #f211071d
 import contextlib, functools, importlib.util, itertools, json, math, os, warnings
@@ -38,7 +38,8 @@ from .student import Unfreeze, check_pair
 from .synthesis import TeacherSynthesizer, seeded, weights_sha256
 
 # %% ../nbs/03_trainer.ipynb #4161eb0b
-def passes(dataloader): # Batches, pass after pass
+def passes(dataloader, # Of batches; can be gone through again and again
+): # Its batches, pass after pass
     "The batches of a data loader, again and again"
     while True:
         n = 0
@@ -123,9 +124,8 @@ def check_target(distiller:Distiller, # What is trained
     "Refuse a stage that the cache cannot serve, or whose divergence has no kernel"
     c,V = distiller.cache,distiller.student.get_output_embeddings().weight.shape[0]
     if stage.targets=='text': return
-    kernel = _kernel(stage.divergence)
-    if c.gives in ('hidden', 'logits'): return kernel
-    teacher_target(c, c.collate([c[0]]), stage.temperature, None).check(stage.temperature, _named(stage.divergence), V)
+    _kernel(stage.divergence)
+    if c.gives not in ('hidden', 'logits'): teacher_target(c, c.collate([c[0]]), stage.temperature).check(stage.temperature, _named(stage.divergence), V)
 
 # %% ../nbs/03_trainer.ipynb #c92fa513
 def check_stages(distiller:Distiller, # What is trained
@@ -404,7 +404,7 @@ def gradients(self:DistillTrainer,
     n = int(acc.reduce(torch.tensor(sum(int((b['labels']!=-100).sum()) for b in window), device=acc.device)))
     outs = []
     for i,b in enumerate(window):
-        alone = acc.no_sync(self.model) if b is not window[-1] else contextlib.nullcontext() # gradients meet once a step
+        alone = acc.no_sync(self.model) if b is not window[-1] else contextlib.nullcontext() # copies: gradients meet once a step; shares: in each pass
         with alone, seeded('dropout', self.seed, step, i*acc.num_processes+acc.process_index), plain_attention(dist.student, self.short(b)):
             outs.append(self.model(to_device(b, acc.device), n))
             acc.backward(outs[-1]['loss']*acc.num_processes)
@@ -439,6 +439,7 @@ def averaged(self:DistillTrainer):
     def _put(w):
         with torch.no_grad():
             for n,v in w.items(): self.names[n].copy_(v)
+        reshard(self.distiller) # what was collected before is out of date
     _put(self.averages)
     try: yield self
     finally: _put(own)
@@ -596,13 +597,13 @@ def react(self:DistillTrainer,
     if acc.is_main_process: print(f"step {row['step']}: KL {row['kl']:.3g}, {row['verdict']}; examples {worst}: {'smaller loss scale' if scaled else policy}")
     if self.skipped>=(16 if acc.scaler else 3):
         raise FloatingPointError(f'gradients were not finite {self.skipped} times in a row up to step {row["step"]}: lower the learning rate (now {row["lr"]:.1g}), or look at the batches in {self.save_batches()}')
-    if policy=='stop' and not scaled: self.stop = True
+    if policy=='stop' and not scaled: self.stop,row['stopped'] = True,'monitor'
     if policy!='rollback' or scaled: return row['step']+1
     scale = self.lr_scale*self.monitor.shrink
     if scale<self.monitor.shrink**3.5:
         look = f'the batches in {self.save_batches()}' if row['verdict']=='not finite' else f'examples {worst}'
         raise FloatingPointError(f'rolled back three times, and step {row["step"]} is not in order again: look at {look}, or lower the learning rate')
-    if acc.is_main_process and row['step']==self.back[0]: self.forget(self.checkpoints()[:-1][:1])
+    if acc.is_main_process and row['step']==self.back[0]: self.forget([p for p in self.checkpoints()[:-1] if p.stem==f'checkpoint-{self.back[0]:06d}'])
     acc.wait_for_everyone()
     step,self.lr_scale = self.restore(),scale
     self.back = step,row['step']
@@ -620,7 +621,7 @@ def advance(self:DistillTrainer,
     step = self.react(row) if row['verdict'] else step+1
     if step<=row['step']: return step
     self.event('after_step')
-    if self.stop: row['stopped'] = True
+    if self.stop: row.setdefault('stopped', 'callback')
     self.write_history(row)
     if step%self.save_every==0 or step==self.total or self.stop: self.save(step)
     return step
@@ -649,10 +650,13 @@ def begin(self:DistillTrainer,
     if not isinstance(self.distiller, FSDPModule):
         self.frozen = weights_sha256(self.distiller, {n for n,_ in self.distiller.named_parameters()}-self.kept.keys())
         if self.shard: self.share_out()
-    for k in ('forward', '_original_forward', '_is_accelerate_prepared'): vars(self.distiller).pop(k, None) # what an engine of before has put around it
+    own = vars(self.distiller) # an engine of before has left its mark, and may have wrapped `forward`
+    for k in ('_is_accelerate_prepared', *(['forward', '_original_forward'] if '_original_forward' in own else [])): own.pop(k, None)
     self.distiller.to(acc.device).train()
     self.averages,self.stop = {n: p.detach().clone() for n,p in self.names.items()} if self.ema else {},False
     self.back = None,None # step that a rollback led to, step that stood out
+    self.recorder.rows,self.lr_scale,self.skipped = [],1.,0
+    self.opt.state.clear()
     if not resume and acc.is_main_process: self.forget(self.checkpoints())
     step = self.restore() if resume else 0
     self.write_history()
@@ -670,14 +674,15 @@ def short(self:DistillTrainer,
 # %% ../nbs/03_trainer.ipynb #936264bf
 @patch
 def fit(self:DistillTrainer,
-    resume:str|bool='auto', # 'auto': go on from the newest checkpoint in `out`, if there is one; True: even where a callback had ended the run; False: start anew
+    resume:str|bool='auto', # 'auto': go on from the newest checkpoint in `out`, if there is one; True: even where a callback or the monitor had ended the run; False: start anew, with the weights as they are
 )->Recorder: # The record of the whole run
     "Train through all stages"
     step = self.begin(resume)
     acc = self.accelerator
     self.event('before_fit')
     last = self.recorder.rows[-1] if step else {}
-    done = step and (step==self.total or last.get('stopped') and resume is not True and not (last['verdict'] and self.monitor.policy!='stop'))
+    ended = last.get('stopped')=='callback' or last.get('stopped')=='monitor' and self.monitor.policy=='stop'
+    done = step and (step==self.total or ended and resume is not True)
     how = 'done already' if step==self.total else 'stopped there; fit(resume=True) goes on'
     if step and acc.is_main_process: print(f"{self.out.name}: {f'{how}, {step} steps' if done else f'resuming after step {step} of {self.total}'}")
     if self.monitor.policy=='rollback' and not step: self.save(0)
@@ -738,6 +743,14 @@ def held_out(distiller:Distiller, # Whose student is judged
         distiller.train(mode).loss = loss
         reshard(distiller)
 
+# %% ../nbs/03_trainer.ipynb #9730467b
+def measured(rows:list[dict], # Of a record
+    key:str, # Of a number that some of them have
+    greater_is_better:bool=False, # As for an accuracy?
+)->list[float]: # Least is best
+    "What has been measured, step by step"
+    return [math.inf if math.isnan(r[key]) else -r[key] if greater_is_better else r[key] for r in rows if key in r]
+
 # %% ../nbs/03_trainer.ipynb #20e08203
 class EarlyStopping(Callback):
     "Stop when a number of the record has not got better for some measurements"
@@ -747,14 +760,14 @@ class EarlyStopping(Callback):
         greater_is_better:bool=False, # As for an accuracy?
     ):
         "Keep the settings"
-        self.patience,self.key,self.sign = patience,key,-1 if greater_is_better else 1
+        self.patience,self.key,self.greater = patience,key,greater_is_better
 
     def after_step(self,
         tr, # The `DistillTrainer`
     ):
         "Stop when it is time"
-        past = [self.sign*r[self.key] for r in tr.recorder.rows if self.key in r]
-        if past and len(past)-1-past.index(min(past))>=self.patience: tr.stop = True
+        past = measured(tr.recorder.rows, self.key, self.greater)
+        if self.key in tr.recorder.rows[-1] and len(past)-1-past.index(min(past))>=self.patience: tr.stop = True
 
 # %% ../nbs/03_trainer.ipynb #2c6bdc9d
 class KeepBest(Callback):
@@ -764,7 +777,7 @@ class KeepBest(Callback):
         greater_is_better:bool=False, # As for an accuracy?
     ):
         "Keep the settings"
-        self.key,self.sign = key,-1 if greater_is_better else 1
+        self.key,self.greater = key,greater_is_better
 
     def before_fit(self,
         tr, # The `DistillTrainer`
@@ -776,8 +789,8 @@ class KeepBest(Callback):
         tr, # The `DistillTrainer`
     ):
         "Save them when there is a new best"
-        past = [self.sign*r[self.key] for r in tr.recorder.rows if self.key in r]
-        if self.key not in tr.recorder.rows[-1] or past[-1]>min(past): return
+        past = measured(tr.recorder.rows, self.key, self.greater)
+        if self.key not in tr.recorder.rows[-1] or past[-1]>min(past) or past[-1]==math.inf: return
         with tr.averaged(): tr.write(tr.names, tr.out/'best.safetensors')
 
     def after_fit(self,
@@ -786,7 +799,7 @@ class KeepBest(Callback):
         "Load them"
         path = tr.out/'best.safetensors'
         if not path.exists():
-            return warnings.warn(f'no step had {self.key!r} when KeepBest looked, so nothing was kept: put it behind the callback that measures it', stacklevel=2)
+            return warnings.warn(f'no step had {self.key!r} when KeepBest looked, so nothing was kept: put it behind the callback that measures it, and measure before the run ends', stacklevel=2)
         for n,v in load_tensors(path)[0].items(): tr.names[n].data.copy_(share_of(v, tr.names[n]))
 
 # %% ../nbs/03_trainer.ipynb #77432e61

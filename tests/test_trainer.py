@@ -1,5 +1,5 @@
 "What chapter 03 cannot show: processes that are killed, files that rot, two processes, other trainers"
-import io, json, os, shutil, signal, subprocess, sys, tempfile
+import io, json, math, os, shutil, signal, subprocess, sys, tempfile
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from distill_nb.distiller import Distiller
 from distill_nb.monitor import KLMonitor, token_mean
 from distill_nb.shard import collect
 from distill_nb.export import export_safetensors
-from distill_nb.trainer import AsModel, Callback, DistillTrainer, Evaluate, KeepBest, Stage, adamw8bit, decay_groups, held_out, train_distillation
+from distill_nb.trainer import AsModel, Callback, DistillTrainer, EarlyStopping, Evaluate, KeepBest, Stage, adamw8bit
+from distill_nb.trainer import decay_groups, held_out, train_distillation
 from distill_nb.watch import Diagnose, Track, Watch
 
 KILLS = dict(first=1, unfreezing=7, mid_window=12, stage_change=13, later=16, last=24) # forward passes before SIGKILL; two make a step
@@ -371,6 +372,20 @@ def test_loss_scaling(root, monkeypatch):
         tr = make(root, f'overscaled-{policy}', stages=stages, save_every=6, monitor=KLMonitor(policy))
         assert 'smaller loss scale' in fit(tr) and tr.lr_scale==1 and tr.recorder.column('skipped')==skipped
 
+def test_what_is_refused_before_anything_is_made(root, teacher, tmp_path):
+    cache = TeacherCache(root/'cache')
+    small = build_cache(teacher, load_prompts('train', 4), tmp_path/'small', 'topk', k=8, temperatures=(1, 2), max_new_tokens=4, temperature=1., progress=False)
+    teacher.cache = cache
+    def refused(c, its, said, indices=None, student=None, **stage):
+        dist,stages = Distiller(student or tiny(1, .1, 1), c, DistillationLoss()),[Stage('a', 1), Stage('b', 1, **stage)]
+        with pytest.raises(ValueError, match=said): DistillTrainer(dist, its, stages, tmp_path/'no', indices, device='cpu')
+        assert not (tmp_path/'no').exists()
+    refused(cache, cache, 'indices is empty', [])
+    refused(cache, cache, "no kernel for '<lambda>'", divergence=lambda z, zt, T: (z-zt).pow(2).sum(-1))
+    refused(cache, small, 'another teacher or codec')
+    for stage,said in ((dict(temperature=4.), 'not at 4'), (dict(divergence='reverse_kl'), 'forward KL only')): refused(small, small, said, **stage)
+    refused(cache, cache, r'resize_token_embeddings\(', student=tiny(1, .1, 1, vocab_size=99))
+
 def test_one_distiller_in_several_precisions(root):
     "accelerate wraps a model's forward and leaves it so; the trainer takes that off"
     dist = lambda: Distiller(tiny(2, .02, 1), TeacherCache(root/'cache'), DistillationLoss())
@@ -383,12 +398,12 @@ def test_one_distiller_in_several_precisions(root):
 def test_a_run_that_a_callback_ended(root):
     "It is over, and goes on when it is asked to"
     def run(*calls): return make(root, 'ended', stages=[Stage('a', 8)], callbacks=calls)
-    class Ends(Callback):
-        def after_step(self, tr): tr.stop = tr.recorder.rows[-1]['step']==2
-    fit(run(Ends()))
+    level = lambda: Evaluate(lambda tr: 1., 1)
+    fit(run(level(), EarlyStopping(2)))
     again = run()
     assert 'stopped there; fit(resume=True) goes on, 3 steps' in fit(again) and len(again.recorder.rows)==3
-    with redirect_stdout(io.StringIO()): assert len(run().fit(resume=True).rows)==8
+    for patience,n in ((4, 5), (9, 8)):
+        with redirect_stdout(io.StringIO()): assert len(run(level(), EarlyStopping(patience)).fit(resume=True).rows)==n
     with pytest.raises(ValueError, match="use 'auto', True or False"): run().fit('on')
 
 def test_the_best_of_nothing(root):
@@ -399,6 +414,14 @@ def test_the_best_of_nothing(root):
     tr = make(root, 'blind', callbacks=[KeepBest(), watch(None)])
     with pytest.warns(UserWarning, match='put it behind the callback that measures it'): tr.fit(resume=False)
     assert not (tr.out/'best.safetensors').exists()
+    kept,values = [],iter([math.nan, 2., math.nan, 1., 3., math.nan])
+    class Which(KeepBest):
+        def after_step(self, tr):
+            super().after_step(tr)
+            if (tr.out/'best.json').exists(): kept.append((tr.out/'best.json').stat().st_mtime_ns)
+    tr = make(root, 'blind', stages=[Stage('a', 6)], callbacks=[Evaluate(lambda tr: next(values), 1), Which()])
+    tr.fit(resume=False)
+    assert len(kept)==5 and kept[0]==kept[1]<kept[2]==kept[3]==kept[4]
 
 def test_gradients_are_clipped(root):
     norms = []
