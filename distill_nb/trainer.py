@@ -475,7 +475,7 @@ def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must 
     numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema', 'frozen')}
     shapes = {n: list(p.shape) for n,p in self.kept.items()}
     what = dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, distiller=self.distiller.settings())
-    return sha256_json(what | dict(processes=self.accelerator.num_processes, shapes=shapes, optimizer=type(self.opt).__name__) | numbers)
+    return sha256_json(what | dict(order=2, processes=self.accelerator.num_processes, shapes=shapes, optimizer=type(self.opt).__name__) | numbers) # order: of `epoch_batches`; 1 dropped rows after sorting
 
 # %% ../nbs/03_trainer.ipynb #f3515d68
 def optimizer_state(opt:torch.optim.Optimizer, # Of a trainer
