@@ -601,7 +601,7 @@ def test_adapter_beside_the_student_is_the_student(asked, tmp_path):
     with pytest.raises(ValueError, match='student.lora.keep: with `tasks`'): tiny_run(asked[1], tmp_path, student__lora=dict(keep=True, tasks=dict(classify=1., compare=1.)))
 
 def test_a_run_that_the_monitor_stops_goes_no_further(asked, tmp_path, monkeypatch):
-    "Neither to the next stage nor to an export; under another policy it goes on"
+    "Training raises, again when it is asked again, so nothing follows; under another policy it goes on"
     monkeypatch.setattr(KLMonitor, 'judge', lambda self, rows, row: 'batch' if row['step']==1 else '')
     def make(policy):
         r = tiny_run(asked[1], tmp_path, training__monitor=dict(policy=policy))
