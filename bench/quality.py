@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Held-out KL against CPU seconds: from the cache, and with TRL's GKD, whose teacher runs along.
 
-usage: quality.py --trl FOLDER [--cache ablation/cache] [--layers 15] [--steps 48] [--train 64] [--judged 48] [--every 6]
+usage: quality.py --trl FOLDER [--cache ablation/cache] [--layers 15 12 18] [--steps 48] [--train 64] [--judged 48] [--every 6]
 
 FOLDER is where `pip install --no-deps --target FOLDER trl` put TRL. One teacher, one start, the same batches in the same order, one loop and one
 optimizer; only the loss and what it costs differ: TRL's `GKDTrainer.compute_loss` with forward KL (beta 0) against the chunked loss from stored hidden
 states. The cache is one that ablation.py made. Seconds are CPU time of the training steps, on one thread; evaluation is not counted, synthesis neither.
-Scoring, which a cache needs once for texts that are there already, is measured and added in a second comparison, and in a third: three students from one
-cache against three online runs, both computed from the one run of each kind. Writes quality.png and the section "Quality" of RESULTS.md.
+Scoring, which a cache needs once for texts that are there already, is measured and added in a second comparison, and in a third: students of all `--layers`
+from one cache against as many online runs, each of them run to its end. The curves are those of the first. Writes quality.png and the section "Quality" of RESULTS.md.
 """
 import argparse, json, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -63,7 +63,7 @@ def one(a):
     idx,held = cache.select(split='train')[:a.train],cache.select(split='heldout')[:a.judged]
     texts = [dict(input_ids=(e := cache[i])['input_ids'].tolist(), prompt_len=e['prompt_len']) for i in idx]
     teacher = TeacherSynthesizer(embedded_teacher(), device='cpu', dtype=torch.float32)
-    student = freeze_below(prune_student(teacher, a.layers, texts[:8], 'influence'), 4)
+    student = freeze_below(prune_student(teacher, a.layers[0], texts[:8], 'influence'), 4)
     start = time.process_time()
     score_rows(teacher, texts)
     scoring = time.process_time()-start
@@ -76,8 +76,10 @@ def one(a):
     shutil.rmtree(tmp)
     print('\n'+json.dumps(dict(rows=clock.rows, scoring=scoring)))
 
-def spawn(a, kind):
-    args = [sys.executable, __file__, '--one', kind] + [o for k in ('cache', 'layers', 'steps', 'train', 'judged', 'every', 'trl') for o in (f'--{k}', str(getattr(a, k)))]
+def spawn(a, kind, layers, every):
+    "A run in a process of its own"
+    args = [sys.executable, __file__, '--one', kind, '--layers', str(layers), '--every', str(every)]
+    args += [o for k in ('cache', 'steps', 'train', 'judged', 'trl') for o in (f'--{k}', str(getattr(a, k)))]
     return json.loads(subprocess.run(args, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 def reached(rows, kl):
@@ -96,26 +98,32 @@ def plot(res, extra):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for k,v in dict(layers=15, steps=48, train=64, judged=48, every=6).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('--layers', type=int, nargs='+', default=[15, 12, 18])
+    for k,v in dict(steps=48, train=64, judged=48, every=6).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--cache', default='ablation/cache')
     p.add_argument('--trl', required=True, help='folder that TRL was installed into')
     p.add_argument('--one', choices=('ours', 'gkd'), help=argparse.SUPPRESS)
     a = p.parse_args()
     sys.path.append(a.trl)
     if a.one: return one(a)
-    out = {k: spawn(a, k) for k in ('ours', 'gkd')}
-    res,extra = {k: o['rows'] for k,o in out.items()},out['ours']['scoring']
+    runs = {n: {k: spawn(a, k, n, a.steps if i else a.every) for k in ('ours', 'gkd')} for i,n in enumerate(a.layers)}
+    first = runs[a.layers[0]]
+    res,extra = {k: o['rows'] for k,o in first.items()},first['ours']['scoring']
+    ends = {n: {k: o['rows'][-1][1:] for k,o in r.items()} for n,r in runs.items()}
+    ours,online = (sum(r[k][0] for r in ends.values()) for k in ('ours', 'gkd'))
     plot(res, extra)
     end = res['gkd'][-1]
     at = reached(res['ours'], end[2])
     bars = [('time_to_trls_final_KL', at/end[1], .65), ('with_scoring', (at+extra)/end[1], .8),
-        ('three_students_with_scoring', (3*res['ours'][-1][1]+extra)/(3*end[1]), .7)]
+        (f'{len(ends)}_students_with_scoring', (ours+extra)/online, .7)]
     from importlib.metadata import version
-    what = (f'The embedded teacher, {a.layers} of its 30 layers, {a.steps} steps of 4 sequences, {a.steps*4/a.train:.2g} passes over {a.train} prompts, judged on {a.judged} held-out prompts, learning rate {LR:g}, one thread. '
-        f'TRL {version("trl")} GKD ends at {end[2]:.3f} nats after {end[1]:.0f} CPU seconds, ours at {res["ours"][-1][2]:.3f} after {res["ours"][-1][1]:.0f} (and {extra:.0f} of scoring, once). Synthesis is in neither. The time of three students is three times that of the one run of each kind.')
+    what = (f'The embedded teacher, {a.layers[0]} of its 30 layers, {a.steps} steps of 4 sequences, {a.steps*4/a.train:.2g} passes over {a.train} prompts, judged on {a.judged} held-out prompts, learning rate {LR:g}, one thread. '
+        f'TRL {version("trl")} GKD ends at {end[2]:.3f} nats after {end[1]:.0f} CPU seconds, ours at {res["ours"][-1][2]:.3f} after {res["ours"][-1][1]:.0f} (and {extra:.0f} of scoring, once). Synthesis is in neither.')
     rows = ['| step | from the cache: s | nats | TRL GKD: s | nats |', '|---|---|---|---|---|'] + [f'| {n} | {s:.0f} | {k:.3f} | {t:.0f} | {q:.3f} |' for (n,s,k),(_,t,q) in zip(res['ours'], res['gkd'])]
+    many = [f'{len(ends)} students from that cache, and as many online runs, each run to its end:\n', '| layers | from the cache: s | nats | TRL GKD: s | nats |', '|---|---|---|---|---|']
+    many += ['| {} | {:.0f} | {:.3f} | {:.0f} | {:.3f} |'.format(n, *r['ours'], *r['gkd']) for n,r in ends.items()] + [f'| together, with {extra:.0f} s of scoring | {ours+extra:.0f} | | {online:.0f} | |']
     said = [f"BAR {n} {v:.2f} {lim} {'ok' if v<=lim else 'short'}" for n,v,lim in bars]
-    text = '\n\n'.join(['## Quality', what, f'Machine: {machine()}.', '\n'.join(rows), '![Held-out KL against CPU seconds](quality.png)', '```\n'+'\n'.join(said)+'\n```'])
+    text = '\n\n'.join(['## Quality', what, f'Machine: {machine()}.', '\n'.join(rows), '\n'.join(many), '![Held-out KL against CPU seconds](quality.png)', '```\n'+'\n'.join(said)+'\n```'])
     print(text)
     write(text)
     return 0 if all(v<=lim for _,v,lim in bars) else 1

@@ -107,10 +107,16 @@ def _mix(self:DistillationLoss, logit, feature):
     return self.alpha*logit + (1-self.alpha)*w*feature
 
 # %% ../nbs/02_loss.ipynb #cb899e44
+def _mm(h, w, out):
+    "`h @ w.T` into `out`; on a CPU a thousand ids at one time, whose part of a head stays in its cache"
+    if not out.is_cpu or out.dtype.itemsize<4: return torch.mm(h, w.T, out=out)
+    for a,o in zip(w.split(1024), out.split(1024, 1)): torch.mm(h, a.T, out=o)
+    return out
+
 def _project(h, w, b, low, out):
     "`h @ w.T + b` into `out`; by way of `low` where the product is made in fewer bits"
-    if low is None: torch.mm(h, w.T, out=out)
-    else: out.copy_(torch.mm(h, w.T, out=low))
+    if low is None: _mm(h, w, out)
+    else: out.copy_(_mm(h, w, low))
     return out if b is None else out.add_(b)
 
 # %% ../nbs/02_loss.ipynb #d8c9d7c8
@@ -221,7 +227,7 @@ def _from_head(hT, head, dtype):
     b,bend = head.bias, _bend(head)
     if getattr(head, 'lora', None) is not None: raise ValueError("the teacher's head has an adapter: merge it first")
     hT,w = (o.detach().to(dtype) for o in (hT,head.weight))
-    def _make(r, out): return torch.mm(hT[r], w[:out.shape[-1]].T, out=out)
+    def _make(r, out): return _mm(hT[r], w[:out.shape[-1]], out)
     def _ends(zt): return _bend_(zt if b is None else zt.add_(b[:zt.shape[-1]]), *bend, None)
     return _Dense(len(hT), len(w), dtype, _make, _ends)
 
