@@ -384,6 +384,8 @@ def stage_rules(c:Config)->list[tuple[bool, str, str]]: # Is it so, key, and wha
             (s.kind=='attention' and not c.student.attention, f'{at}.kind', "needs to know what: give `student.attention`, with `n_heads` or `maps`"),
             (tasks(c)!={None: 1.} and s.kind in ('self', 'on_policy'), f'{at}.kind', f'{s.kind!r} knows one task: not with `student.lora.tasks`'),
             ((feat or loss.last) and loss.alpha==1, f'{at}.loss.alpha', f"is 1, which leaves the {'attention' if s.kind=='attention' else 'hidden states'} no weight: use a share such as 0.7"),
+            (many and not (feat or loss.last) and loss.alpha<1 and 'alpha' in many[i].loss.model_fields_set, f'{at}.loss.alpha',
+                "has no effect without `last`, or a kind that matches hidden states: leave it out, or use `ce` for a share of cross-entropy"),
             (many and 'type' in many[i].loss.model_fields_set, f'{at}.loss.type', 'has no effect in a stage, whose `kind` says it'),
             (s.kind!='features' and 'heads_first' in given, f'{at}.heads_first', "is for 'features' stages: leave it out"),
             (s.kind!='features' and any(not k for _,k in s.unfreeze or ()), f"{at if many else 'student'}.unfreeze",

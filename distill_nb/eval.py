@@ -322,7 +322,7 @@ class Report:
     control:str=None # The same start, trained by cross-entropy on the same tokens
     student_at_control:str=None # The distilled student at the control's number of tokens; default: `student`
     at:dict=field(default_factory=dict) # Model name to the target tokens it was trained on
-    cost:dict=field(default_factory=dict) # `tokens`, `seconds`, `bytes` (on disk), `machine`, and what else was spent
+    cost:dict=field(default_factory=dict) # `tokens`, `seconds`, `bytes` (of the shards), `files` (bytes of all files of the caches), `machine`, and what else was spent
     samples:list=field(default_factory=list) # `dict(prompt=, answers={model name: text})`
     history:list=field(default_factory=list) # KL of the training batch at each step, nats per token
     settings:dict=field(default_factory=dict) # Of the run
@@ -572,7 +572,7 @@ def speed_rows(results:dict, # Model name to a result of `bench_models`
 MORE = ('prompts', 'model', 'top-5 agreement', 'drafts kept', 'ECE', 'confidence less truth')
 
 def _cost(cost):
-    fmt = dict(tokens=lambda v: f'{v:,} target tokens', seconds=lambda v: f'{v/60:,.1f} minutes', bytes=lambda v: f'{v/1e6:,.1f} MB on disk', machine=lambda v: f'on {v}')
+    fmt = dict(tokens=lambda v: f'{v:,} target tokens', seconds=lambda v: f'{v/60:,.1f} minutes', bytes=lambda v: f'{v/1e6:,.1f} MB of shards', files=lambda v: f'{v/1e6:,.1f} MB with all files of the caches', machine=lambda v: f'on {v}')
     return ', '.join([f(cost[k]) for k,f in fmt.items() if k in cost] + [f'{k}: {v:,.1f}' if isinstance(v, float) else f'{k}: {v}' for k,v in sorted(cost.items()) if k not in fmt])
 
 # %% ../nbs/04_eval.ipynb #ecbf44fc

@@ -109,8 +109,8 @@ def _mix(self:DistillationLoss, logit, feature):
 # %% ../nbs/02_loss.ipynb #cb899e44
 def _mm(h, w, out):
     "`h @ w.T` into `out`; on a CPU a thousand ids at one time, whose part of a head stays in its cache"
-    if not out.is_cpu or out.dtype.itemsize<4: return torch.mm(h, w.T, out=out)
-    for a,o in zip(w.split(1024), out.split(1024, 1)): torch.mm(h, a.T, out=o)
+    n = 1024 if out.is_cpu and out.dtype.itemsize>=4 else len(w)
+    for a,o in zip(w.split(n), out.split(n, 1)): torch.mm(h, a.T, out=o)
     return out
 
 def _project(h, w, b, low, out):

@@ -27,7 +27,7 @@ from .cache import TeacherCache, load_manifest, repair_cache, verify_cache
 from .files import CacheError, claim
 from .config import Config, n_matched, preset, stage_list, tables, tasks, total_steps
 from .eval import Report, recovered
-from .pipeline import Run, caches, check_depth, check_models, check_store, codec, optimizer, precision, watchers
+from .pipeline import OWN_CODE, Run, Stopped, caches, check_depth, check_models, check_store, codec, optimizer, precision, watchers
 from .recipes import judge_model, run
 from .sparse import high_bits
 from .student import Unfreeze, add_lora, cut_config, decoder_layers, freeze_below
@@ -53,8 +53,10 @@ def short_name(model_id:str, # Folder, hub id, or 'embedded'
 def local_config(model_id:str, # Folder, hub id, or 'embedded'
 )->PretrainedConfig|None: # Of the whole model; None where it is not on this machine
     "A model's `config.json`, never from the network"
-    try: return None if model_id=='embedded' else AutoConfig.from_pretrained(model_id, local_files_only=True)
-    except (OSError, ValueError): return None
+    try: return None if model_id=='embedded' else AutoConfig.from_pretrained(model_id, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        if 'trust_remote_code' in str(e): raise ValueError(f'{model_id}: {OWN_CODE}') from e
+        return None
 
 def shape(model_id:str, # Folder, hub id, or 'embedded'
 )->PretrainedConfig: # Of the language model in it
@@ -383,7 +385,7 @@ def _facts(r):
         res |= {f'{s}: KL of the {k}': f'{r.models[n][s].kl:.3f}' for k,n in roles.items() if n}
         if r.baseline: res[f'{s}: gap recovered'] = f'{recovered(r.models[r.student][s], r.models[r.baseline][s], n_boot=1)["value"]:.1%}'
         res[f'{s}: top-1 agreement'] = f'{r.models[r.student][s].agreement:.1%}'
-    return res | {'target tokens trained on': f"{r.at.get(r.student, 0):,}", 'minutes': f"{r.cost.get('seconds', 0)/60:.1f}", 'MB of cache': f"{r.cost.get('bytes', 0)/1e6:.1f}"}
+    return res | {'target tokens trained on': f"{r.at.get(r.student, 0):,}", 'minutes': f"{r.cost.get('seconds', 0)/60:.1f}", 'MB of shards': f"{r.cost.get('bytes', 0)/1e6:.1f}"}
 
 # %% ../nbs/06a_plan.ipynb #489b47c3
 def compare_reports(paths:list, # Folders of runs or of reports, or `report.json` files
@@ -460,11 +462,12 @@ def command(name:str, # 'demo', 'run', 'synth', 'train', 'eval' or 'export'
     if name in ('demo', 'run'): return run(config)
     r = Run(config)
     if name in ('eval', 'export') and not (r.out/'history-student.json').exists(): raise ValueError(f'{r.out}: nothing was trained here yet: run `distill train` first')
-    r.synth()
-    if name=='synth': return None
-    models = r.train()
-    if name=='train': return None
-    return r.finish(models) if name=='export' else r.judge(models)
+    with r.alone():
+        r.synth()
+        if name=='synth': return None
+        models = r.train()
+        if name=='train': return None
+        return r.finish(models) if name=='export' else r.judge(models)
 
 # %% ../nbs/06a_plan.ipynb #d29f0e33
 def _further(a):
@@ -554,7 +557,7 @@ def main(argv:list[str]=None, # Words of the command line; default: those of thi
     try:
         if a.command in ('init', 'plan', 'stats', 'verify', 'compare') or getattr(a, 'dry_run', False): return look(a)
         rep,out = work(a)
-    except (ValueError, CacheError, FileNotFoundError, IsADirectoryError, PermissionError) as e:
+    except (ValueError, CacheError, OSError, FloatingPointError, Stopped) as e:
         print(f'distill: {e}', file=sys.stderr)
         return 1
     if not rep: return 0

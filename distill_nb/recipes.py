@@ -24,7 +24,7 @@ from .eval import Report, contamination, level, on_policy_kl
 from .export import check_onnx, check_parity, export_gguf, export_onnx, export_safetensors, how_used, model_card
 from .files import load_json
 from .monitor import Recorder
-from .pipeline import Run, check_models, machine, model_path, prompt_rows
+from .pipeline import Run, best_by, check_models, machine, model_path, prompt_rows
 from .serving import add_serving, bench_models, check_gguf, vllm_command
 from .synthesis import HUB_ID, weights_sha256
 from .vision import images_of, words
@@ -60,8 +60,8 @@ def picked(self:Run,
     rows:list[dict], # The student's record
 )->dict: # Name of the set to the number of evaluations on it; empty where the weights are simply the last
     "By which prompts the weights were picked"
-    stop = self.config.validation.early_stopping
-    return dict(heldout=sum('watched' in o for o in rows)) if stop and stop.best else {}
+    n = sum(best_by(self.config) in o for o in rows)
+    return dict(heldout=n) if n else {}
 
 # %% ../nbs/06_recipes.ipynb #6a5e1c0a
 @patch
@@ -86,10 +86,11 @@ def title(self:Run)->str: # One line
 @patch
 def cost_table(self:Run)->dict: # Name to number or text
     "What the run cost so far"
-    both = [o.stats() for o in dict.fromkeys((self.cache, self.judged))]
-    st = {k: sum(o[k] for o in both) for k in ('response_tokens', 'bytes')}
+    both = list(dict.fromkeys((self.cache, self.judged)))
+    st = {k: sum(o.stats()[k] for o in both) for k in ('response_tokens', 'bytes')}
+    files = {p for d in (*[o.path for o in both], *self.out.glob('own-*'), *self.out.glob('text-*')) for p in Path(d).rglob('*') if p.is_file()}
     parts = {f'{k} (s)': v for k,v in self.cost().items()}
-    return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], seconds=sum(self.cost().values()), **parts)
+    return dict(machine=machine(), tokens=st['response_tokens'], bytes=st['bytes'], files=sum(p.stat().st_size for p in files), seconds=sum(self.cost().values()), **parts)
 
 # %% ../nbs/06_recipes.ipynb #da180495
 WINS = 'win rate, held-out prompts'
@@ -177,7 +178,7 @@ def settings(self:Run)->dict: # The configuration, and what was not run
 @patch
 def start_config(self:Run): # A `PretrainedConfig`
     "Configuration of the student before training"
-    return AutoConfig.from_pretrained(self.start()).get_text_config(decoder=True)
+    return AutoConfig.from_pretrained(self.start(), trust_remote_code=False).get_text_config(decoder=True)
 
 # %% ../nbs/06_recipes.ipynb #bb7c6d01
 @patch
@@ -335,8 +336,9 @@ def run(config:Config, # What to do
 )->Report: # Also in the folder `config.out`, beside the student
     "A whole distillation: ask, prune, train, judge, export; continues where it was stopped"
     r = Run(config, progress)
-    r.synth()
-    return r.finish(r.train())
+    with r.alone():
+        r.synth()
+        return r.finish(r.train())
 
 # %% ../nbs/06_recipes.ipynb #82e0bb9e
 def look_further(r:Run, # Whose file says what is asked

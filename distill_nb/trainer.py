@@ -294,6 +294,7 @@ class DistillTrainer:
         ema:float=0., # Decay of the weights' moving average; 0 keeps none
         optimizer=adamw, # Called with parameters, `weight_decay` and `betas`; also `adamw8bit`
         shard:bool=False, # Of several processes, should each keep a share of the weights, gradients and moments, instead of a copy?
+        began:str='', # Hash of the student before training; checkpoints of another start are refused
     ):
         "Make the optimizer; nothing is moved or trained yet"
         self.distiller,self.cache,self.stages,self.out = distiller,cache,stages,Path(out)
@@ -302,7 +303,7 @@ class DistillTrainer:
         self.batch_size,self.accum_steps,self.mixed_precision = batch_size,accum_steps,mixed_precision
         self.max_grad_norm,self.weight_decay,self.betas = max_grad_norm,weight_decay,tuple(betas)
         self.device,self.seed,self.save_every,self.callbacks,self.progress = device,seed,save_every,callbacks,progress
-        self.recorder,self.total,self.monitor,self.ema = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema
+        self.recorder,self.total,self.monitor,self.ema,self.began = Recorder(),sum(s.steps for s in stages),monitor or KLMonitor(),ema,began
         self.skipped,self.lr_scale,self.stop,self.shard,self.reader = 0,1.,False,shard,ThreadPoolExecutor(1) # a callback may set `stop`; who reads the next window
         check_stages(distiller, stages)
         if shard and (mixed_precision in ('fp16', 'fp8') or optimizer is adamw8bit): raise ValueError("shard=True works with 'no' or 'bf16', and with adamw: choose these, or leave it out")
@@ -472,7 +473,7 @@ def kept(self:DistillTrainer)->dict[str,nn.Parameter]: # By name
 @patch
 def settings_sha256(self:DistillTrainer)->str: # Hash of what a checkpoint must agree with
     "Identity of a run: stages, data, batch sizes, seed, and what does not train"
-    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema', 'frozen')}
+    numbers = {k: getattr(self, k) for k in ('indices', 'batch_size', 'accum_steps', 'max_grad_norm', 'weight_decay', 'betas', 'seed', 'mixed_precision', 'ema', 'frozen', 'began')}
     shapes = {n: list(p.shape) for n,p in self.kept.items()}
     what = dict(stages=[asdict(s) for s in self.stages], cache=self.cache.manifest, distiller=self.distiller.settings())
     return sha256_json(what | dict(order=2, processes=self.accelerator.num_processes, shapes=shapes, optimizer=type(self.opt).__name__) | numbers) # order: of `epoch_batches`; 1 dropped rows after sorting
@@ -548,7 +549,7 @@ def restore(self:DistillTrainer)->int: # Steps done, 0 if there is no checkpoint
         except CacheError as e:
             print(f'{p.name} is not whole, trying the one before: {e}')
             continue
-        if meta['settings']!=self.settings_sha256(): raise ValueError(f'{p} belongs to a run with other stages, data or settings: use another `out` folder, or fit(resume=False)')
+        if meta['settings']!=self.settings_sha256(): raise ValueError(f'{p} belongs to a run with another student, or other stages, data or settings: use another `out` folder, or fit(resume=False)')
         with torch.no_grad():
             for n,q in self.kept.items(): q.copy_(share_of(t[f'param.{n}'], q))
             for n,a in self.averages.items(): a.copy_(share_of(t[f'ema.{n}'], a))

@@ -21,7 +21,7 @@ from distill_nb.monitor import KLMonitor
 from distill_nb.plan import main, make_plan, projection_cost, verify
 from distill_nb.pipeline import Run, prompt_rows
 from distill_nb.recipes import judge_model, run
-from distill_nb.synthesis import embedded_teacher
+from distill_nb.synthesis import embedded_teacher, weights_sha256
 
 TEMPLATE = textwrap.dedent('''\
     # Keys that a user's file has. All of it must load, as it stands, and mean what it says.
@@ -604,12 +604,63 @@ def test_a_run_that_the_monitor_stops_goes_no_further(asked, tmp_path, monkeypat
     "Training raises, again when it is asked again, so nothing follows; under another policy it goes on"
     monkeypatch.setattr(KLMonitor, 'judge', lambda self, rows, row: 'batch' if row['step']==1 else '')
     def make(policy):
-        r = tiny_run(asked[1], tmp_path, training__monitor=dict(policy=policy))
+        r = tiny_run(asked[1], tmp_path, training__monitor=dict(policy=policy), training__control_steps=1)
         r.cache = r.judged = asked[2]
         return r
     for _ in range(2):
         with pytest.raises(RuntimeError, match='student: stopped by the monitor at step 1, batch: to go on from there, choose another training.monitor.policy'): quiet(make('stop').train)
-    assert 'student' in quiet(make('log').train)
+    r = make('log')
+    assert 'student' in quiet(r.train) and r.scores('student @ 1 steps') # judged before it was stopped
+
+def test_more_patience_goes_on_where_a_run_had_ended(asked, tmp_path, monkeypatch):
+    "Weights that were kept by one number are not taken for the best by another"
+    seen = []
+    def worse(*a):
+        seen.append(1)
+        return SimpleNamespace(kl=float(len(seen)), agreement=1/len(seen), perplexity=float(len(seen)))
+    monkeypatch.setattr(pipeline, 'evaluate', worse)
+    def learned(**stop):
+        r = tiny_run(asked[1], tmp_path, validation=dict(eval_frequency=1, early_stopping=stop) if stop else dict(eval_frequency=1))
+        r.cache = r.judged = asked[2]
+        m = r.learner()
+        return quiet(r.learn, m),weights_sha256(m)
+    first,_ = learned(patience=1)
+    assert [len(first), len(learned(patience=1)[0]), len(seen)]==[2, 2, 2]
+    rows,kept = learned(patience=2)
+    assert [len(rows), rows[1]['stopped'], rows[2]['stopped']]==[3, 'callback', 'callback']
+    rows,last = learned()
+    assert [len(rows), sum('least_kl' in o for o in rows), last!=kept]==[4, 3, True]
+    assert learned(patience=9, metric='perplexity')[1]==last and learned(patience=9)[1]==kept
+
+def test_checkpoints_of_another_student_are_refused(asked, pair, tmp_path):
+    def make(path):
+        r = tiny_run(asked[1], tmp_path, student__model_id=path)
+        r.cache = r.judged = asked[2]
+        return r
+    r = make(pair[1])
+    quiet(lambda: r.learn(r.learner()))
+    r = make(save_tiny(tmp_path/'twin', 32, 2, 7))
+    with pytest.raises(ValueError, match='belongs to a run with another student'): quiet(lambda: r.learn(r.learner()))
+
+def test_code_of_a_student_never_runs(asked, pair, tmp_path, monkeypatch, capsys):
+    "Nobody is asked on the terminal either, where a yes would run it"
+    monkeypatch.setattr('builtins.input', lambda *a: 'y')
+    own = Path(shutil.copytree(pair[1], tmp_path/'own'))
+    c = json.loads((own/'config.json').read_text())
+    (own/'config.json').write_text(json.dumps(c | dict(model_type='own', auto_map=dict(AutoConfig='own.C', AutoModelForCausalLM='own.M'))))
+    (own/'own.py').write_text(f'import os; os.mkdir({str(tmp_path/"marker")!r})')
+    o = asked[1] | dict(student=dict(model_id=str(own)), out=str(tmp_path/'out'))
+    (tmp_path/'own.yaml').write_text(yaml.safe_dump(dict(distillation=o)))
+    for words in (['run'], ['plan'], ['run', '--dry-run']):
+        assert main([*words, str(tmp_path/'own.yaml')])==1
+        assert 'own' in capsys.readouterr().err and not (tmp_path/'marker').exists()
+    with pytest.raises(ValueError, match='brings code of its own'): tiny_run(o, tmp_path)
+
+@pytest.mark.parametrize('error', [FloatingPointError('lower the learning rate'), pipeline.Stopped('by the monitor'), OSError('no space left')])
+def test_designed_stop_is_one_line(asked, tmp_path, error, capsys):
+    (tmp_path/'a.yaml').write_text(yaml.safe_dump(dict(distillation=asked[1] | dict(out=str(tmp_path/'out')))))
+    with mock.patch('distill_nb.plan.run', side_effect=error): assert main(['run', str(tmp_path/'a.yaml')])==1
+    assert capsys.readouterr().err==f'distill: {error}\n'
 
 def test_layers_that_are_most_alike_are_matched(pair, asked, tmp_path):
     "The student is the teacher's first two blocks, so its first looks like the teacher's first, and not like its second as in an even map"
