@@ -166,6 +166,8 @@ def _lacking(path, m): return [i for i,s in enumerate(m['shards']) if not _done(
 # %% ../nbs/00e_cache.ipynb #bf3acc7f
 def _split(exs, h): return h.split([len(e['input_ids'])-e['prompt_len'] for e in exs])
 
+def _written_by(m): return range(len(m['shards']) if _codec_class(m)._fields else 1) # what falls with the codec
+
 def _save_codec(teacher, exs, h, path, m):
     "Check the head on the four shortest; unless they are stored already, fit the codec on the first shard's `h` and store both, with no shard left of another"
     cls,head,few = _codec_class(m),head_of(teacher.model),sorted(range(len(exs)), key=lambda i: len(exs[i]['input_ids']))[:4]
@@ -311,8 +313,6 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     return len(h),partial(save_tensors, t, shard_path(path, i), dict(rows=rows) | (dict(left_out=bad) if bad else {}))
 
 # %% ../nbs/00e_cache.ipynb #12a792a8
-def _written_by(m): return range(len(m['shards']) if _codec_class(m)._fields else 1) # what falls with the codec
-
 def _todo(path, m, whole=_done):
     "Shards to make"
     return sorted({*_lacking(path, m), *(() if whole(path/'codec.safetensors') else _written_by(m))})
