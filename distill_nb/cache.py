@@ -157,16 +157,23 @@ def _done(p, prompts=None):
     except CacheError: return False
     return p.exists() and side.get('bytes')==p.stat().st_size and prompts in (None, sha256_json(side['meta'].get('rows')))
 
+def _intact(p):
+    "Has `p` all its bytes?"
+    with contextlib.suppress(CacheError): return bool(check_tensors(p))
+
 def _lacking(path, m): return [i for i,s in enumerate(m['shards']) if not _done(shard_path(path, i), s['prompts'])]
 
 # %% ../nbs/00e_cache.ipynb #bf3acc7f
 def _split(exs, h): return h.split([len(e['input_ids'])-e['prompt_len'] for e in exs])
 
+def _written_by(m): return range(len(m['shards']) if _codec_class(m)._fields else 1) # what falls with the codec
+
 def _save_codec(teacher, exs, h, path, m):
-    "Check the head on the four shortest; unless they are stored already, fit the codec on the first shard's `h` and store both"
+    "Check the head on the four shortest; unless they are stored already, fit the codec on the first shard's `h` and store both, with no shard left of another"
     cls,head,few = _codec_class(m),head_of(teacher.model),sorted(range(len(exs)), key=lambda i: len(exs[i]['input_ids']))[:4]
     check_head(teacher, [exs[i] for i in few], [_split(exs, h)[i] for i in few])
-    with contextlib.suppress(CacheError): return check_tensors(path/'codec.safetensors')
+    if _intact(path/'codec.safetensors'): return
+    for i in _written_by(m): shard_path(path, i).unlink(missing_ok=True)
     t = head._asdict() | cls.fit(h, head, **{k: m[k] for k in fit_settings(cls) if k in m})._asdict()
     save_tensors({k: v for k,v in t.items() if v is not None}, path/'codec.safetensors')
 
@@ -260,13 +267,27 @@ def _finite(exs, h, extra, rows, m, i):
     return *(_leave_out(exs, h, extra, bad) if bad else (exs, h, extra)),bad
 
 # %% ../nbs/00e_cache.ipynb #8accd571
+def _check_layers(model, layers):
+    "ValueError for a layer that `model` does not have"
+    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    if (odd := [k for k in layers if not -n-1<=k<=n]): raise ValueError(f'there is no layer {odd[0]}: 0 is the embeddings, and the blocks go from 1 to {n}')
+
+def _same_text(e, r, i):
+    "Raise `CacheError` where row `r` has the hash of another text than that of example `e`"
+    a = str(r.get('answer'))
+    if re.fullmatch('[0-9a-f]{64}', a) and a!=sha256_json([int(o) for o in e['input_ids']]):
+        raise CacheError(f"shard {i}: the answer to {r['prompt']!r:.80} was written by another (its hash is in `answer`): make the cache as it was made, "
+            'with score_cache or on_policy, or leave that column out')
+
 def _said(teacher, rows, i, m, batch_size):
     "Examples of shard `i`, written or read, and what `score_rows` gives of them"
     g,inner,layers = m.get('generation'),dict(attention=m.get('attention', ()), relations=m.get('relations')),m['layers']
     twice = inner['attention'] or inner['relations'] is not None
     if m.get('responses')=='given': exs = read_rows(teacher, rows)
-    else: exs = teacher.generate([r['prompt'] for r in rows], g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size,
-        progress=False, capture=not twice, layers=() if twice else layers)
+    else:
+        exs = teacher.generate([r['prompt'] for r in rows], g['max_new_tokens'], g['temperature'], g['top_p'], (g['seed'], i), batch_size,
+            progress=False, capture=not twice, layers=() if twice else layers)
+        for e,r in zip(exs, rows): _same_text(e, r, i)
     for e,r in zip(exs, rows): e['prompt'] = r['prompt']
     if 'hidden' in exs[0]: return exs,torch.cat([e['hidden'] for e in exs]),{k: torch.cat([e['layers'][k] for e in exs]) for k in layers}
     return exs,*score_rows(teacher, exs, layers, **inner, tokens=m.get('score_tokens', 2048))
@@ -292,10 +313,9 @@ def _build_shard(teacher, rows, path, i, m, batch_size):
     return len(h),partial(save_tensors, t, shard_path(path, i), dict(rows=rows) | (dict(left_out=bad) if bad else {}))
 
 # %% ../nbs/00e_cache.ipynb #12a792a8
-def _todo(path, m):
+def _todo(path, m, whole=_done):
     "Shards to make"
-    todo = _lacking(path, m)
-    return todo if 0 in todo or _done(path/'codec.safetensors') else [0, *todo]
+    return sorted({*_lacking(path, m), *(() if whole(path/'codec.safetensors') else _written_by(m))})
 
 def _sweep(path, job):
     "Remove temporary files of a killed run"
@@ -347,6 +367,7 @@ def build_cache(
     how |= dict(layers=list(layers), attention=list(attention), relations=relations, responses=n, generation={} if n=='given' else gen,
         score_tokens=score_tokens, too_long=too_long, not_finite=not_finite)
     if not_finite not in ('error', 'skip'): raise ValueError(f"not_finite is {not_finite!r}: use 'error' or 'skip'")
+    _check_layers(teacher.model, layers)
     with inside(teacher.model, attention, relations): pass
     with claim(path) as path:
         fit = fitting(teacher, rows, too_long)
@@ -360,7 +381,7 @@ def build_cache(
 # %% ../nbs/00e_cache.ipynb #aa377e58
 def _fill(teacher, rows, path, m, batch_size, progress):
     "Say what is there, see that there is room for the rest, and make it"
-    job,todo,starts = this_job(),_todo(path, m),_starts(m['shards'])
+    job,todo,starts = this_job(),_todo(path, m, _intact),_starts(m['shards'])
     if (n := len(starts)-len(todo)) and job.rank==0: print(f'{path.name}: {n} of {len(starts)} shards are there already' + ('' if todo else ', nothing to ask'))
     parts = {i: rows[starts[i]:starts[i]+m['shards'][i]['n']] for i in todo}
     if todo:
@@ -464,6 +485,8 @@ def __getitem__(self:TeacherCache,
 def join(parts:list, # Tensors of equal dimensions, or `NamedTuple`s of such
 ): # One of the same kind, the rows of all
     "Rows of several examples as one"
+    if isinstance(parts[0], SparseLogits) and len(k := {o.ids.shape[-1] for o in parts})>1:
+        raise ValueError(f'some shards keep {min(k)} logits of a token and some {max(k)}: make this cache again with cache_answers')
     if isinstance(parts[0], tuple): return type(parts[0])(*map(join, zip(*parts)))
     if parts[0].dim()==1 or len({o.shape[-1] for o in parts})==1: return torch.cat(parts)
     wide = max(o.shape[-1] for o in parts)
@@ -548,7 +571,7 @@ def repair_cache(teacher:TeacherSynthesizer, # The teacher that made it
     if type(n := m.get('responses')) is int: rows = repeat_rows(rows, n)
     with claim(path) as path:
         bad = _damage(path, m)
-        again = sorted({0 if k=='codec' else k for k in bad}-{'tokenizer'})
+        again = sorted({*bad, *(_written_by(m) if 'codec' in bad else ())}-{'tokenizer', 'codec'})
         parts = {i: _rows_of(path, m, i, rows) for i in again}
         if 'tokenizer' in bad: save_tokenizer(teacher.tokenizer, path)
         _build_missing(teacher, parts, path, m, m['generation'].get('batch_size', 64), progress)

@@ -21,12 +21,19 @@ from .sparse import CODECS, Counts, SparseLogits
 from .synthesis import Head, TeacherSynthesizer, blank, by_tokens, context_of, head_of, inside, pad
 
 # %% ../nbs/00d_shards.ipynb #4bf1c4e7
+def _json(o):
+    "Its bytes, if JSON can hold it"
+    try: return canonical(o)
+    except (TypeError, ValueError): return None
+
 def as_rows(prompts, # `datasets.Dataset`, list of dicts with `prompt`, or list of strings
 )->list[dict]: # Rows with `prompt` and the other columns
-    "Prompts in one form; raises `ValueError` with the row number of an empty one"
+    "Prompts in one form; raises `ValueError` with the row number of one that is empty or cannot be kept"
     rows = [dict(prompt=p) if isinstance(p, str) else dict(p) for p in prompts]
     for i,r in enumerate(rows):
         if blank(r.get('prompt')): raise ValueError(f'prompt {i} is empty or has no `prompt`: remove that row')
+        if (odd := [] if _json(r) else [k for k in r if not _json(r[k])]):
+            raise ValueError(f'prompt {i}: its column {odd[0]!r} holds a {type(r[odd[0]]).__name__} that JSON cannot: make it a text, or leave the column out')
     if not rows: raise ValueError('no prompts: give at least one')
     return rows
 
@@ -80,6 +87,7 @@ def fitting(teacher:TeacherSynthesizer, # Who is asked
     bad = [i for i,n in enumerate(lens) if n>=room+own]
     if bad and too_long=='error':
         raise ValueError(f"prompt {bad[0]} has {lens[bad[0]]} tokens{' with its response' if own else ''} and the teacher room for {room}: shorten it, or leave such rows out with too_long='skip'")
+    if len(bad)==len(rows): raise ValueError(f'all {len(rows)} prompts fill the context of {room} tokens: shorten some, or ask a teacher with more room')
     return [i for i in range(len(rows)) if i not in set(bad)]
 
 # %% ../nbs/00d_shards.ipynb #0b3baa66

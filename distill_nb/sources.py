@@ -175,16 +175,21 @@ def _token_id(o):
     raise ValueError('the server sends log-probabilities without token ids: use llama.cpp, or vLLM with return_tokens_as_token_ids=True')
 
 def parse_answer(o:dict, # From `chat`
-)->dict: # `response`, `ended` and, where there are log-probabilities, `said`
+)->dict: # `response`, `ended`, `model` where the server names it and, where there are log-probabilities, `said`
     "What an answer says"
     c = o['choices'][0]
-    res = dict(response=c['message']['content'] or '', ended=c['finish_reason']=='stop')
+    res = dict(response=c['message']['content'] or '', ended=c['finish_reason']=='stop') | {k: o[k] for k in ('model',) if o.get(k)}
     if not (c.get('logprobs') or {}).get('content'): return res
     ts = c['logprobs']['content']
     top = [[[_token_id(t), t['logprob']] for t in o['top_logprobs']] for o in ts]
     return res | dict(said=dict(prompt_tokens=o['usage']['prompt_tokens'], ids=[_token_id(t) for t in ts], top=top))
 
 # %% ../nbs/00f_sources.ipynb #6203de0d
+def _same_model(known, a, path):
+    "ValueError where answer `a` is by another model than the one that is `known`"
+    if 'model' in a and (one := known.setdefault('model', a['model']))!=a['model']:
+        raise ValueError(f"{path}: its answers are by {one}, and the server now answers as {a['model']}: use another file, or name the model (`model=`)")
+
 def _each(fn, keys, parallel, progress, path):
     "Yield `fn` of each key as it comes, after appending it to the file at `path`"
     with ThreadPoolExecutor(parallel) as pool, open(path, 'ab') as f:
@@ -217,18 +222,22 @@ def ask_server(url:str, # Of the server, with or without `/v1`
     keys = [sha256_json([r['prompt'], r.get('draw', 0), seed, how]) for r in rows]
     done = read_answers(path)
     todo = {k: r['prompt'] for k,r in zip(keys, rows) if k not in done}
+    known = {'model': done[k]['model'] for k in (keys if model else done) if 'model' in done.get(k, {})}
     def _ask(k):
         msgs = [dict(role='user', content=todo[k])] if isinstance(todo[k], str) else todo[k]
-        return dict(parse_answer(chat(url, key, messages=msgs, seed=int(k[:7], 16), **how)), key=k)
+        a = parse_answer(chat(url, key, messages=msgs, seed=int(k[:7], 16), **how))
+        _same_model(known, a, path)
+        return dict(a, key=k)
     for a in _each(_ask, todo, parallel, progress, path): done[a.pop('key')] = a
-    return [r|done[k] for k,r in zip(keys, rows)]
+    return [r|{j: o for j,o in done[k].items() if j!='model'} for k,r in zip(keys, rows)]
 
 # %% ../nbs/00f_sources.ipynb #44c2e75b
 def topk_of_logprobs(top:list, # For each token `[[id, log-probability], ...]`
     vocab:int, # Size of the vocabulary
+    k:int=None, # How many to keep; default: as many as all tokens have
 )->dict: # Tensors as `TopKCodec` stores them, at T=1
     "Log-probabilities in the form of the codec `topk`"
-    k = min(map(len, top))
+    k = k or min(map(len, top))
     x = torch.tensor([sorted(o, key=lambda p: -p[1])[:k] for o in top], dtype=torch.float64)
     ids,v = x[...,0].long(),x[...,1].clamp_min(-100).float()
     largest,rest = v[:,:1],(1-v.double().exp().sum(-1, keepdim=True)).clamp_min(1e-7).log().float()
@@ -254,11 +263,11 @@ def _example(i, r, tok):
     if text.strip()!=r['response'].strip(): raise ValueError(f'prompt {i}: its ids mean {text[:60]!r} here and {r["response"][:60]!r} on the server: another tokenizer')
     return dict(input_ids=ids+s['ids'], prompt_len=len(ids))
 
-def _shard(exs, said, vocab):
+def _shard(exs, said, vocab, k):
     "Tensors of one shard"
     ints = lambda o: torch.tensor(o, dtype=torch.int32)
     return dict(input_ids=ints([i for e in exs for i in e['input_ids']]), lens=ints([len(e['input_ids']) for e in exs]),
-        prompt_lens=ints([e['prompt_len'] for e in exs])) | topk_of_logprobs([t for s in said for t in s['top']], vocab)
+        prompt_lens=ints([e['prompt_len'] for e in exs])) | topk_of_logprobs([t for s in said for t in s['top']], vocab, k)
 
 # %% ../nbs/00f_sources.ipynb #1558927a
 def _plan(path, rows, tok, model, k, shard_size):
@@ -291,5 +300,5 @@ def cache_answers(rows:list[dict], # From `ask_server`, with `top_logprobs`
         a = 0
         for i,s in enumerate(m['shards']):
             at,a = slice(a, a+s['n']),a+s['n']
-            save_tensors(_shard(exs[at], said[at], V), shard_path(path, i), dict(rows=rows[at]))
+            save_tensors(_shard(exs[at], said[at], V, k), shard_path(path, i), dict(rows=rows[at]))
     return TeacherCache(path)

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from fastcore.basics import chunked, patch
 from filelock import FileLock
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,7 +105,7 @@ def _load(cls, source, **kw):
 # %% ../nbs/00_synthesis.ipynb #bbac83e4
 class TeacherSynthesizer:
     "A frozen causal language model with its tokenizer, to be asked for responses and for what it thought"
-    cache = None
+    cache,opens = None,AutoModelForCausalLM
     def __init__(self,
         teacher_path:str|PreTrainedModel, # Folder, hub id, or a model already loaded (then give `tokenizer=`)
         device:str|torch.device=None, # Where it runs; default: the GPU if there is one (of several, the one of this process under `torchrun`), else the CPU
@@ -117,11 +118,13 @@ class TeacherSynthesizer:
         kw = {k:v for k,v in dict(revision=revision, gguf_file=gguf_file).items() if v}
         kw['trust_remote_code'] = kwargs.pop('trust_remote_code', False)
         kwargs = (dict(quantization_config=GgufConfig(dequantize=True)) if gguf_file else dict(use_safetensors=True)) | kwargs
+        device = None if str(device)=='meta' else device
         self._device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
         self.tokenizer = kwargs.pop('tokenizer', None) or _load(AutoTokenizer, teacher_path, **kw)
         self.model = (teacher_path if isinstance(teacher_path, nn.Module) else
-            _load(AutoModelForCausalLM, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
-        if 'device_map' not in kwargs: self.model.to(self._device)
+            _load(self.opens, teacher_path, dtype=dtype or 'auto', **kw, **kwargs))
+        spread = set((getattr(self.model, 'hf_device_map', None) or {}).values())
+        if 'device_map' not in kwargs and len(spread)<2 and 'disk' not in spread: self.model.to(self._device)
         self.model.eval().requires_grad_(False)
 
     @property
@@ -376,14 +379,14 @@ def closed_up(go:Tensor, # `(B,)` bool: does the row stay?
 @patch
 def _steps(self:TeacherSynthesizer, ids, max_new_tokens, temperature, top_p, layers, see=None):
     "Token by token: yields the rows still written, a token for each, and what `_ahead` gave before it"
-    cache,z,hs = self._side_by_side(ids, layers, see)
+    (cache,z,hs),room = self._side_by_side(ids, layers, see),context_of(self.model)
     lens,rows,ends = torch.tensor([len(o) for o in ids]),torch.arange(len(ids)),torch.tensor(self.ends, dtype=torch.long)
     mask = (torch.arange(max(lens)+1)>max(lens)-lens[:,None]).long()
     off = torch.tensor(self.model.generation_config.suppress_tokens or [], dtype=torch.long, device=z.device)
     for i in range(max_new_tokens):
         t = pick(z.index_fill(-1, off, -torch.inf), torch.rand(len(ids), 1, dtype=torch.float64)[rows].to(z.device), temperature, top_p).cpu()
         yield rows,t,*hs
-        go = ~torch.isin(t, ends)
+        go = ~torch.isin(t, ends) & (lens[rows]+i+1<room)
         if i==max_new_tokens-1 or not go.any(): return
         if not go.all():
             stay = closed_up(go)
@@ -437,8 +440,8 @@ def generate(self:TeacherSynthesizer,
     for i,o in enumerate(ids):
         if len(o)>=room: raise ValueError(f'prompt {i} has {len(o)} tokens and the teacher room for {room}: shorten it or remove that row')
     for j,idx in enumerate(tqdm(list(chunked(order, batch_size)), disable=not progress, desc='writing')):
-        n = min(max_new_tokens, room-len(ids[idx[-1]]))
-        see = (lambda group: self.inputs([prompts[idx[i]] for i in group])) if self.inputs([prompts[idx[0]]]) else None
+        n = min(max_new_tokens, room-len(ids[idx[0]]))
+        see = (lambda group: self.inputs([prompts[idx[i]] for i in group])) if any(self.inputs([prompts[i]]) for i in idx) else None
         with seeded(seed, j): rs = self._write([ids[i] for i in idx], n, temperature, top_p, layers, see)
         for i,(r,h,*more) in zip(idx, rs):
             res[i] = dict(input_ids=ids[i]+r, prompt_len=len(ids[i])) | (dict(hidden=h) if capture else {})
@@ -581,14 +584,15 @@ def inside(model:PreTrainedModel, # A causal language model
     "Listen inside the attention of some blocks"
     if attention: check_eager(model)
     seen,hooks = {},[]
-    for b in attention:
-        hear = lambda _, args, y, b=b: seen.update({f'attention.{b}': y[1].float().mean(1)})
-        hooks.append(attention_of(model, b).register_forward_hook(hear))
-    attn = None if relations is None else attention_of(model, relations)
-    for name,m in _projections(attn).items() if attn else ():
-        take = lambda _, args, y, name=name: seen.update({name[0]: y} if name[1]=='_' and name!='c_attn' else dict(zip('qkv', _cut_qkv(attn, name, y))))
-        hooks.append(m.register_forward_hook(take))
-    try: yield seen
+    try:
+        for b in attention:
+            hear = lambda _, args, y, b=b: seen.update({f'attention.{b}': y[1].float().mean(1)})
+            hooks.append(attention_of(model, b).register_forward_hook(hear))
+        attn = None if relations is None else attention_of(model, relations)
+        for name,m in _projections(attn).items() if attn else ():
+            take = lambda _, args, y, name=name: seen.update({name[0]: y} if name[1]=='_' and name!='c_attn' else dict(zip('qkv', _cut_qkv(attn, name, y))))
+            hooks.append(m.register_forward_hook(take))
+        yield seen
     finally:
         for o in hooks: o.remove()
 
@@ -627,8 +631,13 @@ def weights_sha256(model:nn.Module, # Any module
 
 # %% ../nbs/00_synthesis.ipynb #c92c0bbe
 def tokenizer_sha256(tok)->str: # A fast tokenizer; SHA-256 of its rules, special tokens and chat template
-    "Hash of a tokenizer"
-    return _digest(tok.backend_tokenizer.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
+    "Hash of a tokenizer, however it was last told to pad and cut"
+    t = tok.backend_tokenizer
+    if t.padding or t.truncation:
+        t = Tokenizer.from_str(t.to_str())
+        t.no_padding()
+        t.no_truncation()
+    return _digest(t.to_str(), json.dumps(tok.special_tokens_map, sort_keys=True, default=str), tok.chat_template or '')
 
 # %% ../nbs/00_synthesis.ipynb #3da6bd7e
 def config_sha256(model:PreTrainedModel, # A causal language model

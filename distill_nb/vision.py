@@ -9,7 +9,7 @@ __all__ = ['PREPARING', 'image_part', 'about', 'messages', 'images_of', 'words',
            'processor_sha256', 'answer_images', 'ImageCache', 'RelationDistiller', 'merge_adapters']
 
 # %% ../nbs/03b_vision.ipynb #3a8d4551
-import hashlib, json, threading
+import hashlib, inspect, json, threading
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .files import CacheError, canonical
 from .loss import DistillationLoss
 from .relations import relation_loss
 from .student import merge_lora
-from .synthesis import TeacherSynthesizer, blank, sha256_file
+from .synthesis import TeacherSynthesizer, _load, blank, sha256_file
 from .distiller import Distiller
 
 # %% ../nbs/03b_vision.ipynb #ef2df679
@@ -68,29 +68,32 @@ def image_inputs(processor:ProcessorMixin, # Of the model
     for o in found:
         if not Path(o['path']).is_file() or sha256_file(o['path'])!=o['sha256']: raise CacheError(f"{o['path']}: missing, or changed since the prompts were read")
     if not found: return {}
-    with PREPARING: x = processor.apply_chat_template([messages(p) for p in prompts], tokenize=True, return_dict=True, return_tensors='pt', padding=True)
+    seen = [messages(p) for p in prompts if images_of(p)]
+    with PREPARING: x = processor.apply_chat_template(seen, tokenize=True, return_dict=True, return_tensors='pt', padding=True)
     return {k: v for k,v in x.items() if k not in ('input_ids', 'attention_mask', 'token_type_ids')}
 
 # %% ../nbs/03b_vision.ipynb #64ac013b
 def auto_class(source:str|Path, # Folder or hub id
 )->type: # Auto class of `transformers`
     "How to open a model: as one that sees, or as a language model"
-    return AutoModelForImageTextToText if hasattr(AutoConfig.from_pretrained(source), 'vision_config') else AutoModelForCausalLM
+    return AutoModelForImageTextToText if hasattr(_load(AutoConfig, source, trust_remote_code=False), 'vision_config') else AutoModelForCausalLM
 
 # %% ../nbs/03b_vision.ipynb #97d25818
 class ImageTeacher(TeacherSynthesizer):
     "A frozen vision-language model with its processor"
+    opens = AutoModelForImageTextToText
     def __init__(self,
         teacher_path:str|PreTrainedModel, # Folder, hub id, or a model already loaded (then give `processor=`)
         processor:ProcessorMixin=None, # Default: the one in `teacher_path`
         dtype:torch.dtype=None, # Weights' type; default: as they are stored
         **kwargs # As for `TeacherSynthesizer`
     ):
-        "Load, and freeze"
-        self.processor = processor or AutoProcessor.from_pretrained(teacher_path)
-        given = isinstance(teacher_path, nn.Module)
-        model = teacher_path if given else AutoModelForImageTextToText.from_pretrained(teacher_path, dtype=dtype or 'auto', use_safetensors=True)
-        super().__init__(model, tokenizer=self.processor.tokenizer, **kwargs)
+        "Load, and freeze; ValueError for a model that has to be told which tokens are pictures"
+        own = {k: kwargs[k] for k in ('revision', 'trust_remote_code') if kwargs.get(k)}
+        self.processor = processor or _load(AutoProcessor, teacher_path, **dict(trust_remote_code=False) | own)
+        super().__init__(teacher_path, dtype=dtype, tokenizer=self.processor.tokenizer, **kwargs)
+        odd = [k for k in inspect.signature(self.model.forward).parameters if k.endswith('token_type_ids')]
+        if odd: raise ValueError(f'{type(self.model).__name__} reads {odd[0]} beside its tokens, which is not supported: use another, such as SmolVLM or LLaVA')
 
 # %% ../nbs/03b_vision.ipynb #f1026654
 @patch
@@ -109,7 +112,7 @@ def inputs(self:ImageTeacher,
     prompts:list, # As for `encode`
 )->dict: # From `image_inputs`, on the model's device
     "What the model reads beside the tokens of a batch"
-    return {k: v.to(self.model.device) for k,v in image_inputs(self.processor, prompts).items()}
+    return {k: v.to(self.device) for k,v in image_inputs(self.processor, prompts).items()}
 
 # %% ../nbs/03b_vision.ipynb #63c8c5d6
 def processor_sha256(processor:ProcessorMixin, # Of a model

@@ -7,7 +7,7 @@
 | 3. a shard cut short | `test_cut_short_is_named_and_repaired`; chapter 00c, Tensors |
 | 4. a bit flipped in a shard | `test_a_flipped_bit_in_a_shard_is_found_before_its_rows` |
 | 5. a bit flipped in a sidecar or the manifest | `test_a_flipped_bit_in_json_names_the_file` |
-| 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; chapter 00e, Interrupted |
+| 6. a shard or sidecar missing | `test_a_lost_file_is_made_again`; the codec: `test_no_shard_of_a_lost_codec_is_left`; chapter 00e, Interrupted |
 | 7. disk full | `test_disk_full`, `test_disk_full_at_the_tokenizer`, `test_a_disk_that_is_really_full`; the estimate: chapter 00e |
 | 8. read-only folder | `test_read_only_folder`, with and without a lock file that could be taken |
 | 9. two writers | `test_second_writer_and_dead_writer`; several processes of one job: `test_two_processes_make_the_same_cache` and the two after it |
@@ -30,20 +30,22 @@
 | 33. code that comes with a model | `test_code_in_a_cache_never_runs`, `test_code_of_a_model_never_runs`; chapter 00 |
 """
 import errno, json, os, pickle, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import distill_nb.cache as dc, distill_nb.files as df
 from distill_nb.cache import TeacherCache, build_cache, repair_cache, shard_path
 from distill_nb.files import CacheError, Job, load_json, save_json, save_tensors
-from distill_nb.sparse import high_bits, pack_ids, unpack_ids
+from distill_nb.sparse import CODECS, high_bits, pack_ids, unpack_ids
 from distill_nb.synthesis import TeacherSynthesizer, sha256_file, weights_sha256
+from distill_nb.vision import ImageTeacher, auto_class
 
 torch.set_num_threads(1)
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
@@ -99,6 +101,8 @@ def forked(f):
         os.write(2, f'{type(e).__name__}: {e}\n'.encode())
         os._exit(1)
     os._exit(0)
+
+def stop(*a, **k): raise KeyboardInterrupt
 
 def status(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -289,6 +293,22 @@ def test_a_lost_file_is_made_again(teacher, whole, cut, name):
     (cut/name).unlink()
     build_cache(teacher, ROWS, cut, **KW)
     assert tree(cut)==tree(whole)
+
+@pytest.mark.parametrize('mend', [repair_cache, lambda t, d: build_cache(t, ROWS, d, dtype='int8', **KW)], ids=['repair', 'build'])
+def test_no_shard_of_a_lost_codec_is_left(teacher, tmp_path, monkeypatch, mend):
+    "Fitted again, a codec may be rounded otherwise: what the old one wrote is made again, whatever comes in between"
+    d = build_cache(teacher, ROWS, tmp_path/'c', dtype='int8', **KW).path
+    cls,was = CODECS['int8'],TeacherCache(d).codec.channel
+    fit = cls.fit
+    monkeypatch.setattr(cls, 'fit', staticmethod(wraps(fit)(lambda h, head: fit(3*h, head))))
+    flip(d/'codec.safetensors', -1)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(dc, '_pack', stop)
+        mend(teacher, d)
+    assert TeacherCache(d, partial=True).shards==[] and (TeacherCache(d, partial=True).codec.channel!=was).any()
+    mend(teacher, d)
+    c = TeacherCache(d)
+    assert c.verify()==[] and c.fidelity(teacher, len(ROWS))[1]<.05
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), df.SafetensorError('I/O error: No space left on device (os error 28)')])
 def test_disk_full(teacher, whole, tmp_path, monkeypatch, error):
@@ -711,14 +731,27 @@ def test_code_in_a_cache_never_runs(cut, tmp_path):
     except CacheError: pass
     assert not (tmp_path/'marker').exists()
 
+def test_what_a_loader_is_told_reaches_processor_and_model(monkeypatch):
+    def told(*a, **kw):
+        asked.append(kw)
+        return SimpleNamespace(tokenizer=tiny_tokenizer()) if len(asked)==1 else tiny_model()
+    asked = []
+    for o in (AutoProcessor, AutoModelForImageTextToText): monkeypatch.setattr(o, 'from_pretrained', told)
+    ImageTeacher('a/b', device='cpu', revision='r', trust_remote_code=True, quantization_config='q')
+    both = dict(revision='r', trust_remote_code=True)
+    assert asked[0]==both and asked[1]==both|dict(dtype='auto', use_safetensors=True, quantization_config='q')
+
 def test_code_of_a_model_never_runs(cut, tmp_path, monkeypatch):
     "Nobody is asked on the terminal either, where a yes would run it"
     monkeypatch.setattr('builtins.input', lambda *a: 'y')
-    d,own,asked = tmp_path/'m',dict(model_type='own', auto_map=dict(AutoConfig='own.C', AutoModelForCausalLM='own.M')),[]
+    names = ('AutoConfig', 'AutoModelForCausalLM', 'AutoModelForImageTextToText', 'AutoProcessor')
+    d,own,asked = tmp_path/'m',dict(model_type='own', auto_map={o: 'own.C' for o in names}),[]
     d.mkdir()
-    (d/'config.json').write_text(json.dumps(own))
+    for o in ('config.json', 'processor_config.json'): (d/o).write_text(json.dumps(own))
     (d/'own.py').write_text(f'import os; os.mkdir({str(tmp_path/"marker")!r})')
-    with pytest.raises(ValueError, match='trust_remote_code=True'): TeacherSynthesizer(d, tokenizer=tiny_tokenizer())
+    sees = SimpleNamespace(tokenizer=tiny_tokenizer())
+    for load in (partial(TeacherSynthesizer, tokenizer=tiny_tokenizer()), auto_class, ImageTeacher, partial(ImageTeacher, processor=sees)):
+        with pytest.raises(ValueError, match='trust_remote_code=True'): load(d)
     assert not (tmp_path/'marker').exists()
     for o in (AutoTokenizer, AutoModelForCausalLM):
         def said(*a, load=o.from_pretrained, **kw):

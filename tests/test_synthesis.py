@@ -57,6 +57,15 @@ def test_a_row_has_its_own_luck():
     assert whole==write(-1) and len(some[1])==len(ids[1])+3 and {len(a)-len(b) for a,b in zip(whole, ids)}=={12}
     assert all(a==b[:len(a)] for a,b in zip(some, whole))
 
+def test_a_long_prompt_does_not_cut_off_its_company():
+    "Each row ends at its own context, and writes what it writes alone"
+    t,ids = family('llama', 'sdpa'),[*prompts()[:2], [9, 8, 7]*30, [9, 8, 7]*31+[5, 6]]
+    t.model.generation_config.eos_token_id = -1
+    write = lambda ids: [e['input_ids'] for e in t.generate(ids, max_new_tokens=24, temperature=0, progress=False)]
+    said = write(ids)
+    assert [len(a)-len(b) for a,b in zip(said, ids)]==[24, 24, 6, 1]
+    assert said==[o for i in ids for o in write([i])]
+
 WIDTHS = {k: (32, 16, 16) for k in FAMILIES}|{k: (32, 32, 32) for k in ('gpt2', 'gpt_neox', 'opt')}
 
 @pytest.mark.parametrize('kind', FAMILIES)
