@@ -23,9 +23,9 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .eval import borrowed, eval_mode
+from .eval import borrowed, eval_mode, merged_head
 from .files import sha256_json
-from .synthesis import _checked, _wheel, cache_home, head_input, head_of, pad, sha256_file
+from .synthesis import _checked, _wheel, cache_home, context_of, head_input, pad, sha256_file
 
 # %% ../nbs/04a_benchmarks.ipynb #dacbc0e6
 class Choice(NamedTuple):
@@ -45,6 +45,12 @@ def split_ids(tokenizer:PreTrainedTokenizerBase, # The model's
     return ids, next((i for i,(a,b) in enumerate(zip(ids, ctx)) if a!=b), min(len(ctx), len(ids)-1))
 
 # %% ../nbs/04a_benchmarks.ipynb #236ddba9
+def _fitting(model, tokenizer, context, choice):
+    "`split_ids` of a text that the model has room for; it need not read the last token"
+    ids,k = split_ids(tokenizer, context, choice)
+    if len(ids)-1>(room := context_of(model)): raise ValueError(f'a question has {len(ids)} tokens with its answer, and the model room for {room}: take a benchmark of shorter ones')
+    return ids,k
+
 @torch.no_grad()
 def loglikelihoods(model:PreTrainedModel, # Causal language model, in eval mode
     tokenizer:PreTrainedTokenizerBase, # Its own
@@ -52,7 +58,7 @@ def loglikelihoods(model:PreTrainedModel, # Causal language model, in eval mode
     choices:list[str], # How the text may go on
 )->Tensor: # `(N,)` float64, nats
     "Log-likelihood of each choice after the context"
-    rows,head,dev = [split_ids(tokenizer, context, c) for c in choices],head_of(model),model.device
+    rows,head,dev = [_fitting(model, tokenizer, context, c) for c in choices],merged_head(model),model.device
     p = min(k for _,k in rows)
     if not p: raise ValueError(f'nothing is read before {context+choices[0]!r}: give a context that ends at the border of a word')
     x,mask = (o.to(dev) for o in pad([ids[p:-1] for ids,_ in rows]))
@@ -89,9 +95,9 @@ def foretell(model:PreTrainedModel, # Causal language model
     items:list[Word], # Texts
 )->list[bool]: # For each, whether every token of the word is the likeliest
     "Would the model have written the last word?"
-    head = head_of(model)
+    head = merged_head(model)
     def _right(o):
-        ids,k = split_ids(tokenizer, o.context, o.word)
+        ids,k = _fitting(model, tokenizer, o.context, o.word)
         if not k: raise ValueError(f'nothing is read before {o.word!r}: give it a context')
         with torch.no_grad(), head_input(model, skip=True) as h: model(input_ids=torch.tensor([ids[:-1]], device=model.device))
         return head(h[0][0,k-1:]).argmax(-1).tolist()==ids[k:]

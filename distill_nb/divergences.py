@@ -217,8 +217,8 @@ def kl_(self:Sampled, # Target
     z:Tensor, # (B, V), the student's logits; left as the gradient with respect to them
     r:slice, # Which rows of the target
     T:float|Tensor, # Temperature: 1
-)->tuple: # Cross-entropy (B,), twice, and top-1 agreement (B,)
-    "Divergence of a block, in place"
+)->tuple: # Cross-entropy (B,), as loss and in the place of the KL, and top-1 agreement (B,)
+    "Cross-entropy of a block, in place; the teacher's entropy is not known and not taken off"
     ids,w = self.ids[r],self.weights[r].to(z.dtype)
     i,s = _top(z),z.gather(-1, ids)
     agree = i==ids.gather(-1, w.argmax(-1, keepdim=True))[:,0]

@@ -353,7 +353,7 @@ class _LinearDivergence(torch.autograd.Function):
 class LinearDivergence(NamedTuple):
     "What `linear_divergence` returns: a loss, and what it says of each token"
     loss:Tensor # scalar, sum over tokens of kl*T^2*D + ce*CE
-    kl:Tensor # (N,), KL(teacher || student) at the temperature of the loss, nats, without T^2, whatever the divergence is
+    kl:Tensor # (N,), KL(teacher || student) at the temperature of the loss, nats, without T^2, whatever the divergence is; with a `Sampled` target plus the teacher's entropy
     agree:Tensor # (N,), whether both prefer the same token
     ce:Tensor|None # (N,), cross-entropy with the labels at T=1, nats; zeros where it has no weight
 

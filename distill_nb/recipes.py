@@ -238,7 +238,8 @@ def formats(self:Run,
     "Other formats of the student, made and checked"
     e,tok,res = self.config.export,self.cache.tokenizer,{}
     texts = [e['input_ids'].tolist() for e in self.unseen(4)]
-    def _gguf(p, kind): return check_gguf(student, export_gguf(folder, p, kind), texts, tok, kl=1e-5 if kind in ('f32', 'f16') else None)
+    lossy = dict(q8_0=.1, q4_k_m=1.) # nats: what such files cost a student, and several times over
+    def _gguf(p, kind): return check_gguf(student, export_gguf(folder, p, kind), texts, tok, kl=lossy.get(kind, 1e-5), margin=None if kind in lossy else .02)
     def _onnx(p): return check_onnx(student, export_onnx(folder, p), texts, tok)
     wanted = {f'model-{k}.gguf': partial(_gguf, kind=k) for k in e.gguf} | (dict(onnx=_onnx) if e.onnx else {})
     for name,make in wanted.items():

@@ -174,8 +174,8 @@ def check_gguf(model:PreTrainedModel, # In memory, as it was exported
     gguf:str|Path, # From `export_gguf`
     texts:list, # Strings, or lists of token ids
     tokenizer:PreTrainedTokenizerBase, # In memory, as it was exported
-    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse no number
-    margin:float=0.02, # Difference of the first two logits above which the favourite token must be the same
+    kl:float|None=1e-5, # Largest mean KL allowed, nats per token; None: measure, and refuse only what is no number
+    margin:float|None=0.02, # Difference of the first two logits above which the favourite token must be the same; None: count from 0.02 on, and refuse none
     threads:int=-1, # CPU threads; default: llama.cpp's choice
 )->dict: # As `check_parity`
     "Does llama.cpp do with the file what the model does in memory? Raises `ValueError` with what differs"
@@ -195,16 +195,16 @@ def check_gguf(model:PreTrainedModel, # In memory, as it was exported
 def time_answer(url:str, # Of a server
     prompt:str, # What the user says
     max_tokens:int=64, # Length of the answer
-)->tuple[float,float,int]: # Seconds to the first piece, seconds from it to the end, tokens
+)->tuple[float,float,int]: # Seconds to the first token, seconds from it to the end, tokens after it
     "Stream one answer and look at the clock"
     start,first,seen,n = time.perf_counter(),None,0,0
     o = dict(messages=[dict(role='user', content=prompt)], stream=True, max_tokens=max_tokens, temperature=0)
     with request(url, '/v1/chat/completions', **o, ignore_eos=True, cache_prompt=False, timings_per_token=True) as r:
         for line in r:
             if not line.startswith(b'data: {'): continue
-            o = json.loads(line[6:])
-            if o.get('choices') and o['choices'][0]['delta'].get('content') and first is None: first,seen = time.perf_counter(),o['timings']['predicted_n']
-            n = o['timings']['predicted_n'] if 'timings' in o else n
+            n = (json.loads(line[6:]).get('timings') or {}).get('predicted_n', n)
+            if n and first is None: first,seen = time.perf_counter(),n
+    first = first or time.perf_counter()
     return first-start,time.perf_counter()-first,n-seen
 
 
@@ -214,7 +214,8 @@ import json, sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 o = json.loads(sys.argv[1])
 torch.set_num_threads(o['threads'])
-tok,model = AutoTokenizer.from_pretrained(o['folder']),AutoModelForCausalLM.from_pretrained(o['folder'], dtype=getattr(torch, o['dtype'])).to(o['device'])
+kw = dict(trust_remote_code=False)
+tok,model = AutoTokenizer.from_pretrained(o['folder'], **kw),AutoModelForCausalLM.from_pretrained(o['folder'], dtype=getattr(torch, o['dtype']), **kw).to(o['device'])
 @torch.no_grad()
 def answer(prompt, n):
     start,past,seen = time.perf_counter(),None,[]
@@ -274,7 +275,7 @@ def bench_models(models:dict[str, str|Path], # Name to GGUF or folder
         took = [{k: ask(p, max_tokens) for k,(ask,_) in opened.items()} for p in prompts]
         memory = {k: peak() for k,(_,peak) in opened.items()}
     med = lambda f,k: statistics.median(f(*o[k]) for o in took)
-    one = lambda k: dict(tokens_per_s=med(lambda a,b,n: n/b, k), first_token_s=med(lambda a,b,n: a, k), memory_mb=memory[k])
+    one = lambda k: dict(tokens_per_s=med(lambda a,b,n: n/b if n else 0., k), first_token_s=med(lambda a,b,n: a, k), memory_mb=memory[k])
     return {k: dict(engine=f'transformers, {dtype}, {device}' if Path(p).is_dir() else 'llama.cpp', **one(k)) for k,p in models.items()}
 
 # %% ../nbs/05a_serving.ipynb #e3025bf0
@@ -347,7 +348,8 @@ def vllm_command(folder:str|Path, # From `export_safetensors`, or any other Hugg
 )->str: # The command that serves it, for a shell
     "Does the folder keep vLLM's contract? Raises `ValueError` with what it lacks"
     folder = Path(folder)
-    c,tok,g = AutoConfig.from_pretrained(folder),AutoTokenizer.from_pretrained(folder),GenerationConfig.from_pretrained(folder)
+    c,tok = (o.from_pretrained(folder, trust_remote_code=False) for o in (AutoConfig, AutoTokenizer))
+    g = GenerationConfig.from_pretrained(folder)
     types = set()
     for f in folder.glob('*.safetensors'):
         with safe_open(f, 'pt') as w: types |= {w.get_slice(k).get_dtype() for k in w.keys()}
@@ -367,7 +369,7 @@ def add_serving(folder:str|Path, # From `export_safetensors`
     if gguf:
         made = Path(gguf).with_suffix('.Modelfile')
         try:
-            text = modelfile(gguf, AutoTokenizer.from_pretrained(folder))
+            text = modelfile(gguf, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
             replace_file(made, lambda p: p.write_text(text, encoding='utf-8'))
             res += f"\nWith Ollama, where `{Path(gguf).name}` and its Modelfile are:\n\n```sh\nollama create {name} -f {shlex.quote(made.name)}\nollama run {name}\n```\n"
         except ValueError as e: res += f"\nWith Ollama there is no Modelfile for `{Path(gguf).name}`, since {e}.\n"

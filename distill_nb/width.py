@@ -63,10 +63,11 @@ def _loudest(rms, n):
 
 # %% ../nbs/01b_width.ipynb #1f5372d9
 def _check_widths(c, d_ff, n_heads):
-    "Refuse widths that the model cannot have"
-    kv = c.num_key_value_heads
+    "Key-value heads of the model; refuses widths that it cannot have"
+    kv = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
     if not 0<d_ff<=c.intermediate_size: raise ValueError(f'intermediate_size is {d_ff}: the model has {c.intermediate_size} neurons a block, keep from 1 to as many')
     if not 0<n_heads<=c.num_attention_heads or n_heads%kv: raise ValueError(f'num_attention_heads is {n_heads}: keep from {kv} to {c.num_attention_heads}, a multiple of the {kv} key-value heads')
+    return kv
 
 # %% ../nbs/01b_width.ipynb #e32f6e59
 def prune_width(model:PreTrainedModel, # A Llama-like model; not changed
@@ -75,10 +76,11 @@ def prune_width(model:PreTrainedModel, # A Llama-like model; not changed
     num_attention_heads:int=None, # Heads to keep in each block, a multiple of the key-value heads; default: all
 )->PreTrainedModel: # A new model: fp32, trainable, sharing no memory with the old one
     "A copy of `model` with only the loudest neurons and heads of each block"
+    for block in decoder_layers(model)[1]: _parts(block)
     config = copy.deepcopy(model.config)
     c = config.get_text_config(decoder=True)
-    d_ff,n_heads,kv = intermediate_size or c.intermediate_size,num_attention_heads or c.num_attention_heads,c.num_key_value_heads
-    _check_widths(c, d_ff, n_heads)
+    d_ff,n_heads = intermediate_size or c.intermediate_size,num_attention_heads or c.num_attention_heads
+    kv = _check_widths(c, d_ff, n_heads)
     ffn,heads = unit_rms(model, examples)
     head_dim = model.get_submodule(decoder_layers(model)[0])[0].self_attn.q_proj.out_features//c.num_attention_heads
     group = c.num_attention_heads//kv

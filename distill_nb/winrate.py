@@ -15,6 +15,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from .benchmarks import tally
+from .files import sha256_json
 from .sources import ask_server
 
 # %% ../nbs/05b_winrate.ipynb #d0de1671
@@ -42,13 +44,14 @@ def preferences(prompts:list[str], # Instructions
     ours:list[str], # Answers of the model that is judged
     theirs:list[str], # Answers of the other
     url:str, # Of the judge, with or without `/v1`
-    path:str|Path, # File for its replies, new or to go on with
+    path:str|Path, # File for its replies, new or to go on with; a few letters that stand for the judge are added to its name
     model:str='', # Name of the judge, where the server has several
     key:str=None, # What the server's owner gave you
 )->tuple[list[float], float]: # For each instruction 1 (ours), 0 (theirs) or between; share of the pairs where both orders gave the same winner
     "Whose answer a judge prefers, asked in both orders"
     ask = lambda a, b: [QUESTION.format(prompt=p, a=x, b=y) for p,x,y in zip(prompts, a, b)]
-    rows = ask_server(url, ask(ours, theirs)+ask(theirs, ours), path, model, max_new_tokens=8, temperature=0, key=key, progress=False)
+    mine = Path(path).with_stem(f"{Path(path).stem}-{sha256_json([url.rstrip('/').removesuffix('/v1'), model])[:8]}")
+    rows = ask_server(url, ask(ours, theirs)+ask(theirs, ours), mine, model, max_new_tokens=8, temperature=0, key=key, progress=False)
     said,n = [verdict(o['response']) for o in rows],len(prompts)
     first,second = said[:n],[1-o for o in said[n:]]
     return [(a+b)/2 for a,b in zip(first, second)],sum(a==b!=.5 for a,b in zip(first, second))/n
@@ -61,7 +64,7 @@ def length_controlled(prefs:Tensor, # `(n,)`, 0 to 1
     "Win rate at equal length"
     y,delta = prefs.double(),delta.double()
     w = torch.ones(1, len(y), dtype=torch.float64) if weights is None else weights.double()
-    x = torch.stack([torch.ones_like(y), (delta/delta.std().clamp_min(1e-9)).tanh()], 1)
+    x = torch.stack([torch.ones_like(y), (delta/delta.std(correction=0).clamp_min(1e-9)).tanh()], 1)
     xx,beta,ridge = (x[:,:,None]*x[:,None]).flatten(1),w.new_zeros(len(w), 2),.01*torch.eye(2, dtype=torch.float64)
     for _ in range(20):
         p = (beta@x.T).sigmoid()
@@ -81,8 +84,9 @@ def win_rate(prefs:list[float], # From `preferences`
     n,g = len(y),torch.Generator().manual_seed(seed)
     counts = torch.zeros(n_boot, n).scatter_add_(1, torch.randint(n, (n_boot, n), generator=g), torch.ones(n_boot, n))
     drawn = length_controlled(y, delta, counts)
-    low,high = drawn.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    res = dict(n=n, accuracy=length_controlled(y, delta).item(), stderr=drawn.std().item(), low=low, high=high, chance=.5)
+    (low,high),rate,o = drawn.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist(),length_controlled(y, delta).item(),tally(prefs)
+    low,high = max(0., min(low, rate-o['accuracy']+o['low'])), min(1., max(high, rate-o['accuracy']+o['high']))
+    res = dict(n=n, accuracy=rate, stderr=max(drawn.std().item(), (o['high']-o['low'])/3.92), low=low, high=high, chance=.5)
     return res | dict(right=list(prefs), plain=y.mean().item(), longer=delta.mean().item())
 
 # %% ../nbs/05b_winrate.ipynb #02db78e8
@@ -97,7 +101,7 @@ def alpaca_eval(prompts:list[str], # Instructions
     ours:list[str], # Answers of the model that is judged
     theirs:list[str], # Answers of the other
     url:str, # Of the judge, with or without `/v1`
-    path:str|Path, # File for its replies, new or to go on with
+    path:str|Path, # File for its replies, new or to go on with; a few letters that stand for the judge are added to its name
     model:str='', # Name of the judge, where the server has several
     key_from:str='OPENAI_API_KEY', # Environment variable with what the server's owner gave you
 )->dict: # As `win_rate`, with `consistent` and `how`; or `dict(not_run=reason)`

@@ -1,12 +1,15 @@
-"What other readers make of the exported files: the GGUF through transformers, four bits through llama.cpp; and a server whose owner is killed"
-import contextlib, io, os, signal, subprocess, sys, time
+"What other readers make of the exported files: the GGUF through transformers, four bits through llama.cpp; code in a folder, and a server whose owner is killed"
+import contextlib, io, json, os, shutil, signal, subprocess, sys, time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest, torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from distill_nb.export import bare_model, export_gguf, export_safetensors, logit_differences
-from distill_nb.serving import check_gguf, post
+from distill_nb.export import OnnxModel, answer, bare_model, export_gguf, export_onnx, export_safetensors, logit_differences
+from distill_nb.recipes import Run
+from distill_nb.serving import check_gguf, post, vllm_command
 from distill_nb.synthesis import embedded_teacher
 
 pytest.importorskip('xllamacpp', reason="pip install 'distill_nb[export]'")
@@ -43,6 +46,33 @@ def test_four_bits_mean_the_same_to_transformers_and_to_llama_cpp(made):
     same = check_gguf(back, file, TEXTS, tok, kl=None, threads=1)
     assert own['ids_equal'] and own['chat_template_equal']
     assert 0<=same['kl']<own['kl']/3 and same['max_abs']<own['max_abs']
+
+def test_eight_bits_of_another_model_are_refused(made, tmp_path):
+    model,tok,folder,_ = made
+    torch.manual_seed(1)
+    run = SimpleNamespace(config=SimpleNamespace(export=SimpleNamespace(gguf=['q8_0'], onnx=False)), cache=SimpleNamespace(tokenizer=tok), out=tmp_path,
+        unseen=lambda n: [dict(input_ids=torch.tensor(tok(t).input_ids)) for t in TEXTS])
+    own,other = (Run.formats(run, m, folder)['model-q8_0.gguf'] for m in (model, LlamaForCausalLM(model.config).eval()))
+    assert 0<own['kl']<.01 and 'kl is' in other['failed']
+
+@pytest.mark.parametrize('name,new', [('config.json', dict(model_type='own', auto_map=dict(AutoConfig='own.C', AutoModelForCausalLM='own.M', AutoTokenizer=['own.T', 'own.T']))),
+    ('tokenizer_config.json', dict(auto_map=dict(AutoTokenizer=['own.T', 'own.T'])))], ids=['config', 'tokenizer'])
+def test_code_of_a_folder_never_runs(made, tmp_path, monkeypatch, name, new):
+    "Neither here, where a yes on the terminal would run it, nor in the converter's process, which asks nobody"
+    monkeypatch.setattr('builtins.input', lambda *a: 'y')
+    own = shutil.copytree(made[2], tmp_path/'own')
+    (own/'own.py').write_text(f'import os; os.mkdir({str(tmp_path/"marker")!r})')
+    (own/name).write_text(json.dumps(json.loads((own/name).read_text(encoding='utf-8')) | new), encoding='utf-8')
+    readers = partial(answer, own, ['Hi'], 1), partial(export_onnx, own, tmp_path/'onnx'), partial(OnnxModel, own), partial(vllm_command, own)
+    for f in readers if name=='config.json' else ():
+        with pytest.raises(ValueError, match='trust_remote_code'): f()
+    with pytest.raises(ValueError, match=f'auto_map in {name}'): export_gguf(own, tmp_path/'own.gguf')
+    assert not (tmp_path/'marker').exists()
+
+def test_a_gpt2_has_as_many_keys_as_heads(tmp_path, monkeypatch):
+    GPT2Config(n_embd=32, n_layer=1, n_head=4).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, 'onnxruntime', SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=lambda *a, **kw: None))
+    assert [o.shape for o in OnnxModel(tmp_path).empty]==[(1, 4, 0, 8)]*2
 
 def gone(url):
     try: post(url, '/tokenize', content='Hi')
