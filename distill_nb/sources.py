@@ -222,11 +222,11 @@ def ask_server(url:str, # Of the server, with or without `/v1`
     keys = [sha256_json([r['prompt'], r.get('draw', 0), seed, how]) for r in rows]
     done = read_answers(path)
     todo = {k: r['prompt'] for k,r in zip(keys, rows) if k not in done}
-    known = {'model': done[k]['model'] for k in (keys if model else done) if 'model' in done.get(k, {})}
+    known = {} if model else {'model': o['model'] for o in done.values() if 'model' in o}
     def _ask(k):
         msgs = [dict(role='user', content=todo[k])] if isinstance(todo[k], str) else todo[k]
         a = parse_answer(chat(url, key, messages=msgs, seed=int(k[:7], 16), **how))
-        _same_model(known, a, path)
+        if not model: _same_model(known, a, path)
         return dict(a, key=k)
     for a in _each(_ask, todo, parallel, progress, path): done[a.pop('key')] = a
     return [r|{j: o for j,o in done[k].items() if j!='model'} for k,r in zip(keys, rows)]
