@@ -78,7 +78,7 @@ def to_md(fn, dest):
     nb.metadata.language_info = dict(name='python')
     md,res = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir=f'{dest.stem}_files', unique_key=dest.stem))
     dest.parent.mkdir(parents=True, exist_ok=True)
-    dest.write_text(re.sub(r'\n{3,}', '\n\n', md))
+    dest.write_text(re.sub(r'\n{3,}', '\n\n', md.replace('__main__.', ''))) # a class of the notebook itself, in a signature
     for k,v in res['outputs'].items():
         p = dest.parent/k
         p.parent.mkdir(exist_ok=True)
