@@ -186,9 +186,8 @@ def main():
     found = [o for n in a.lengths for o in bars(a, n, res[n])]
     said = '\n'.join(f"BAR {n} {v:.2f} {lim:.2f} {'ok' if v<=lim else 'short'}" for _,n,v,lim in found)
     held = {k for k,*_ in found}-{k for k,_,v,lim in found if v>lim}
-    said += f"\nheld at every length by {' and by '.join(sorted(held)) or 'none'}"
     text = '\n\n'.join(['## Train', f'{what} {floor}', f'Machine: {machine()}.', *[table(a, n, o) for n,o in res.items()], f'```\n{said}\n```'])
-    print(text)
+    print(f"{text}\n\nheld at every length by {' and by '.join(sorted(held)) or 'none'}")
     if not a.no_write: write(text)
     return 0 if 'topk' in held and len(held)>1 else 1
 

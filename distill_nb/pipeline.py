@@ -290,8 +290,8 @@ def as_it_has_them(path:str, # Folder of a cache, which need not be there
         if m.get('skipped'): return rows
         for k in range(len(m['shards'])): had += load_json(shard_path(Path(path), k).with_suffix('.json'))['meta']['rows']
     been = {canonical(r) for r in had}
-    new = [r for r in rows if canonical(r) not in been]
-    return had+new if len(had)+len(new)==len(rows) else rows
+    res = had+[r for r in rows if canonical(r) not in been]
+    return res if sorted(map(canonical, res))==sorted(map(canonical, rows)) else rows
 
 # %% ../nbs/05d_pipeline.ipynb #cf8645db
 def caches(c:Config)->dict[str, list[dict]]: # Folder to its prompts; the last one is judged on

@@ -653,8 +653,14 @@ def test_code_of_a_student_never_runs(asked, pair, tmp_path, monkeypatch, capsys
     (tmp_path/'own.yaml').write_text(yaml.safe_dump(dict(distillation=o)))
     for words in (['run'], ['plan'], ['run', '--dry-run']):
         assert main([*words, str(tmp_path/'own.yaml')])==1
-        assert 'own' in capsys.readouterr().err and not (tmp_path/'marker').exists()
+        assert 'brings code of its own' in capsys.readouterr().err and not (tmp_path/'marker').exists()
     with pytest.raises(ValueError, match='brings code of its own'): tiny_run(o, tmp_path)
+
+@pytest.mark.parametrize('command', ['run', 'synth', 'train'])
+def test_one_process_works_in_a_folder(asked, tmp_path, command, capsys):
+    (tmp_path/'a.yaml').write_text(yaml.safe_dump(dict(distillation=asked[1] | dict(out=str(tmp_path/'out')))))
+    with tiny_run(asked[1], tmp_path).alone(), mock.patch.object(Run, 'synth', side_effect=AssertionError): assert main([command, str(tmp_path/'a.yaml')])==1
+    assert 'another process is at work in this folder' in capsys.readouterr().err
 
 @pytest.mark.parametrize('error', [FloatingPointError('lower the learning rate'), pipeline.Stopped('by the monitor'), OSError('no space left')])
 def test_designed_stop_is_one_line(asked, tmp_path, error, capsys):
